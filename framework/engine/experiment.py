@@ -1,0 +1,84 @@
+"""The top of every configuration: what a run is made of, and how its parts are put together."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from framework.config.registry import Factory
+from framework.data.data import Data
+from framework.engine.trainer import Trainer, Training
+from framework.tasks.interface import Task
+from framework.tokenizers.tokenizer import Tokenizer
+
+
+class RunOptions:
+    """Where a run lives and what makes it repeatable: the YAML node ``run:``.
+
+    Args:
+        dir: the run directory, relative to where the command runs.
+        seed: of initial weights, data order, augmentation and drawn lengths.
+        device: ``auto`` takes CUDA where there is one.
+        threads: CPU threads; ``null`` for all cores. Another number changes the last bits of results.
+    """
+
+    def __init__(
+        self, dir: str, seed: int = 0, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None
+    ) -> None:
+        self.dir = Path(dir)
+        self.seed = seed
+        self.device = device
+        self.threads = threads
+
+    def torch_device(self) -> torch.device:
+        """The device, with ``auto`` decided.
+
+        Raises:
+            ValueError: if CUDA is asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("run.device is cuda, but torch sees no CUDA device here: use run.device=cpu or auto")
+        chosen = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
+        return torch.device(chosen)
+
+
+class Experiment:
+    """A run's data, models, task and training settings, built from one configuration.
+
+    Args:
+        run: where the run lives, its seed and device.
+        data: the image sets.
+        tokenizer: the tokenizer to train or to use.
+        task: what one training step computes.
+        train: steps, batch, optimizer, schedule, checkpoints.
+    """
+
+    def __init__(
+        self,
+        run: RunOptions,
+        data: Factory[Data],
+        tokenizer: Factory[Tokenizer],
+        task: Factory[Task],
+        train: Training,
+    ) -> None:
+        self.run = run
+        self.train = train
+        self.data: Data = data(seed=run.seed)
+        self.task: Task = task(tokenizer=tokenizer(image_size=self.data.image_size))
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The engine over this experiment's parts; the models move to the run's device."""
+        return Trainer(
+            self.task,
+            self.data.train,
+            self.data.validation,
+            self.train,
+            seed=self.run.seed,
+            folder=self.run.dir,
+            num_workers=self.data.num_workers,
+            device=self.run.torch_device(),
+        )

@@ -1,0 +1,47 @@
+"""Frozen parts: modules that a run reads and never changes, marked by the builder with ``is_frozen = True``.
+
+They stay in eval mode, outside optimizers, averages and checkpoints; a checkpoint records their digests instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost frozen modules inside ``module``, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}." if outer else "") for outer in found)
+        if getattr(child, "is_frozen", False) and not inside:
+            found[name] = child
+    return found
+
+
+def live_state(module: nn.Module) -> dict[str, Tensor]:
+    """``module.state_dict()`` without the frozen parts: what training changes and checkpoints hold."""
+    prefixes = tuple(f"{name}." if name else "" for name in frozen_modules(module))
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(prefixes)}
+
+
+def train_mode(module: nn.Module) -> None:
+    """Training mode everywhere but in the frozen parts."""
+    module.train()
+    for frozen in frozen_modules(module).values():
+        frozen.eval()
+
+
+def frozen_digests(module: nn.Module) -> dict[str, str]:
+    """The SHA-256 of each frozen part's names, types, shapes and values, by the part's name."""
+    return {name: _digest(frozen) for name, frozen in frozen_modules(module).items()}
+
+
+def _digest(module: nn.Module) -> str:
+    sha256 = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()

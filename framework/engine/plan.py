@@ -1,0 +1,115 @@
+"""The plan of a run before it runs: parameters, operations per image, steps, epochs, images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framework.engine.experiment import Experiment
+from framework.engine.trainer import make_turns
+from framework.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of one part."""
+
+    part: str
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """Trainable and frozen."""
+        return self.trainable + self.frozen
+
+
+def count_parameters(part: str, module: nn.Module) -> Parameters:
+    """Parameters of a module, shared ones once."""
+    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
+    return Parameters(part, sum(n for grad, n in sizes if grad), sum(n for grad, n in sizes if not grad))
+
+
+class _FullPass(nn.Module):
+    """A tokenizer's pass over images at full length, as fvcore wants it: tensors in, a tensor out."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer(images, torch.full((len(images),), self.tokenizer.num_tokens)).images
+
+
+def _attention_operations(inputs: list[Any], outputs: list[Any]) -> int:
+    query, value = inputs[0].type().sizes(), inputs[2].type().sizes()
+    return math.prod(query) * value[-2] + math.prod(query[:-1]) * math.prod(value[-2:])
+
+
+def count_operations(tokenizer: Tokenizer) -> dict[str, int]:
+    """Multiply-adds of one image at full length, per part of the tokenizer and in ``total`` (fvcore's count).
+
+    The tokenizer may live on the meta device. Additions, activations and softmax are not counted, as is usual.
+    """
+    with warnings.catch_warnings():  # fvcore uses torch.jit, whose every use torch now warns of
+        warnings.simplefilter("ignore")
+        return _count_operations(tokenizer)
+
+
+def _count_operations(tokenizer: Tokenizer) -> dict[str, int]:
+    from fvcore.nn import FlopCountAnalysis
+
+    device = next(tokenizer.parameters()).device
+    images = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
+    analysis = FlopCountAnalysis(_FullPass(tokenizer).eval(), images)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_operations)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    by_module = analysis.by_module()
+    parts = {name: by_module[f"tokenizer.{name}"] for name, _ in tokenizer.named_children()}
+    return {name: count for name, count in parts.items() if count} | {"total": by_module[""]}
+
+
+def plan(experiment: Experiment) -> str:
+    """What would run, as text: one line a fact.
+
+    Raises:
+        ValueError: if the optimizers do not fit the task's turns and parameters.
+    """
+    make_turns(experiment.task, experiment.train)
+    tokenizer, train, data = experiment.task.model, experiment.train, experiment.data
+    rows = [count_parameters(name, child) for name, child in tokenizer.named_children()]
+    rows.append(count_parameters("total", experiment.task))
+    lines = ["parameters" + _table(("part", "trainable", "frozen", "total"), _parameter_rows(rows))]
+    if isinstance(tokenizer, Tokenizer):
+        counted = count_operations(tokenizer).items()
+        lines.append(
+            f"multiply-adds per image of {data.image_size}x{data.image_size} at {tokenizer.num_tokens} tokens"
+            + _table(("part", "operations"), [(name, f"{count:,}") for name, count in counted])
+        )
+    num_images = train.max_steps * train.batch_size
+    epochs = num_images / len(data.train)
+    lines.append(
+        f"training: {train.max_steps:,} steps of {train.batch_size} images = {num_images:,} images "
+        f"= {epochs:.2f} epochs of {len(data.train):,}"
+    )
+    lines.append(f"run directory: {experiment.run.dir}, seed {experiment.run.seed}")
+    return "\n\n".join(lines)
+
+
+def _parameter_rows(rows: list[Parameters]) -> list[tuple[str, ...]]:
+    return [(row.part, f"{row.trainable:,}", f"{row.frozen:,}", f"{row.total:,}") for row in rows if row.total]
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "".join(
+        "\n  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    )

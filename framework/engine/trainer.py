@@ -1,0 +1,275 @@
+"""The training loop: the maths is a task, the loop is code, and only the loop acts.
+
+For each step, each due turn: losses, gradients, the check that all is finite, clipping, the schedule, the optimizer.
+Then the moving average, then at the step's boundary the periodic work: log, validate, save. A stopped run goes on from
+its latest checkpoint; with the same world size, thread count and kind of CPU its weights, averages, optimizers, data
+order and metric lines are bit for bit those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from framework.config.registry import Factory
+from framework.data.interface import Batch, ImageData
+from framework.data.stream import Stream, sequential
+from framework.engine.checkpoint import CheckpointStore, latest_checkpoint, load_weights
+from framework.engine.ema import ExponentialMovingAverage
+from framework.engine.frozen import frozen_digests, live_state, train_mode
+from framework.engine.meters import Means, Stopwatch
+from framework.engine.optimizers import Optimizer
+from framework.engine.schedules import Schedule
+from framework.engine.stop import StopFlag
+from framework.engine.turns import TurnTraining, share_parameters
+from framework.runtime.records import Destination, Record, peak_memory_mib, run_records
+from framework.runtime.rng import Generators, global_state, set_global_state
+from framework.tasks.interface import Context, Task
+
+
+class Training:
+    """How long, how fast and how carefully to train: the YAML node ``train:``.
+
+    Args:
+        max_steps: optimizer steps of the whole run.
+        batch_size: images a step.
+        optimizer: of every turn that has none of its own.
+        schedule: factor on the learning rates, step by step.
+        turn_optimizers: optimizers by turn name, such as ``{discriminator: {name: AdamW, lr: 1e-4}}``.
+        clip_norm: gradients of a turn whose norm is larger are scaled down to it; ``null`` for no clipping.
+        precision: of matrix products and the like (autocast); weights and averages stay float32.
+        ema_decay: decay a step of the weights' moving average, in [0, 1); ``null`` for none.
+        log_every: steps between lines of metrics; losses are means over these steps.
+        validate_every: steps between validations, with averaged weights where there are some.
+        validate_images: how many held-out images a validation reads, from the first on.
+        checkpoint_every: steps between checkpoints.
+        keep_last: how many verified checkpoints stay on disk.
+
+    Raises:
+        ValueError: if a count is below 1 or ``clip_norm`` is not positive.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        batch_size: int,
+        optimizer: Factory[Optimizer],
+        schedule: Factory[Schedule],
+        turn_optimizers: dict[str, Factory[Optimizer]] | None = None,
+        clip_norm: float | None = 1.0,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        ema_decay: float | None = 0.999,
+        log_every: int = 20,
+        validate_every: int = 250,
+        validate_images: int = 512,
+        checkpoint_every: int = 500,
+        keep_last: int = 2,
+    ) -> None:
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.log_every = log_every
+        self.validate_every = validate_every
+        self.validate_images = validate_images
+        self.checkpoint_every = checkpoint_every
+        self.keep_last = keep_last
+        for name, count in vars(self).items():
+            if count < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {count}")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"train.clip_norm must be positive, or null for no clipping; got {clip_norm}")
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.turn_optimizers = turn_optimizers or {}
+        self.clip_norm = clip_norm
+        self.precision = precision
+        self.ema_decay = ema_decay
+
+
+class Outcome(NamedTuple):
+    """How ``fit`` ended: at the last step, or earlier because a signal asked for it; and the steps taken so far."""
+
+    status: Literal["finished", "stopped"]
+    step: int
+
+
+class Trainer:
+    """Runs a task: on data, with optimizers, checkpoints and records in one folder.
+
+    Args:
+        task: moves to ``device``.
+        train_data: what is trained on, shuffled anew each epoch.
+        validation_data: held-out images.
+        options: the settings of ``train:``.
+        seed: of data order, the task's generators and torch's own. Initial weights were drawn before.
+        folder: the run directory; a checkpoint in it is continued.
+        num_workers: processes that prepare images; 0 prepares them in this one.
+        device: where the models are.
+        records: where numbers and messages go; the run directory's files and the terminal unless given.
+
+    Raises:
+        ValueError: if the turns do not share out the trainable parameters, or an optimizer's turn does not exist.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        train_data: ImageData,
+        validation_data: ImageData,
+        options: Training,
+        seed: int,
+        folder: Path,
+        *,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+        records: Destination | None = None,
+    ) -> None:
+        self.options = options
+        self.device = device or torch.device("cpu")
+        self.task = task.to(self.device)
+        self.validation_data = validation_data
+        self.stream = Stream(train_data, options.batch_size, seed, num_workers=num_workers)
+        self.generators = Generators(seed)
+        self.turns = make_turns(task, options)
+        decay = options.ema_decay
+        self.average = None if decay is None else ExponentialMovingAverage(task.model, decay)
+        self.frozen = frozen_digests(task)
+        self.store = CheckpointStore(folder / "checkpoints", options.keep_last)
+        self.records = records or run_records(folder)
+        self.means = Means()
+        self.stopwatch = Stopwatch()
+        self.periodic = [
+            (options.log_every, self._log),
+            (options.validate_every, self._validate),
+            (options.checkpoint_every, self._save),
+        ]
+
+    def fit(self) -> Outcome:
+        """Train to the last step, from the latest checkpoint where there is one.
+
+        Raises:
+            NonFiniteError: if a loss or gradient is not finite; the last checkpoint is the way back.
+            CheckpointError: if there are checkpoints that this task cannot continue.
+        """
+        step = self._resume()
+        train_mode(self.task)
+        self.stopwatch.start(step)
+        try:
+            with StopFlag() as stop:
+                while step < self.options.max_steps:
+                    self._train(step)
+                    step += 1
+                    is_last = step == self.options.max_steps
+                    for period, work in self.periodic:
+                        if is_last or step % period == 0:
+                            work(step)
+                    if stop.is_set and not is_last:
+                        if step % self.options.checkpoint_every:
+                            self._save(step)
+                        return Outcome("stopped", step)
+        finally:
+            self.records.close()
+        return Outcome("finished", step)
+
+    def _train(self, step: int) -> None:
+        """One step: every due turn, then the moving average."""
+        with self.stopwatch.step(self.options.batch_size):
+            with self.stopwatch.waiting():
+                batch = next(self.stream)
+            batch = self._on_device(batch)
+            context = Context(step, step / self.options.max_steps, self.generators)
+            for training in self.turns:
+                if training.turn.is_due(step):
+                    numbers = training.take(self.task, batch, context)
+                    self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
+            if self.average is not None:
+                self.average.update(self.task.model, step)
+
+    def _log(self, step: int) -> None:
+        values = self.means.take()
+        values |= {f"{training.turn.name}/lr": training.optimizer.lr for training in self.turns}
+        timings = self.stopwatch.take(step, self.options.max_steps)
+        timings["memory_mib"] = peak_memory_mib(self.device)
+        self.records.write(Record(step, self.options.max_steps, values, timings))
+
+    def _validate(self, step: int) -> None:
+        batches = sequential(self.validation_data, self.options.batch_size, self.options.validate_images)
+        averaged = nullcontext() if self.average is None else self.average.swapped(self.task.model)
+        self.task.eval()
+        with torch.no_grad(), averaged:
+            numbers = self.task.validate(map(self._on_device, batches))
+        train_mode(self.task)
+        values = {f"validation/{name}": value for name, value in numbers.items()}
+        self.records.write(Record(step, self.options.max_steps, values))
+
+    def _save(self, step: int) -> None:
+        self.records.sync()
+        weights = {"model": live_state(self.task)}
+        if self.average is not None:
+            weights["ema"] = self.average.state_dict()
+        state = {
+            "optimizers": {training.turn.name: training.optimizer.state_dict() for training in self.turns},
+            "generators": self.generators.state_dict(),
+            "global_generators": global_state(),
+            "stream": self.stream.state_dict(),
+            "means": self.means.state_dict(),
+        }
+        self.store.save(step, weights, state, self.frozen)
+
+    def _resume(self) -> int:
+        """Go back to the latest checkpoint, in memory and in the records; returns the steps taken so far."""
+        self.store.remove_partial()
+        checkpoint = latest_checkpoint(self.store.folder, self.records.say)
+        if checkpoint is None:
+            self.generators.seed_global()
+            self.records.rewind(0)
+            return 0
+        checkpoint.check_frozen(self.frozen)
+        load_weights(self.task, checkpoint.weights("model"), checkpoint.folder)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.weights("ema"))
+        state = checkpoint.state()
+        for training in self.turns:
+            training.optimizer.load_state_dict(state["optimizers"][training.turn.name])
+        self.generators.load_state_dict(state["generators"])
+        set_global_state(state["global_generators"])
+        self.stream.load_state_dict(state["stream"])
+        self.means.load_state_dict(state["means"])
+        self.records.rewind(checkpoint.step)
+        self.records.say(f"continuing from {checkpoint.folder}")
+        return checkpoint.step
+
+    def _on_device(self, batch: Batch) -> Batch:
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
+        return replace(batch, images=batch.images.to(self.device, non_blocking=True), labels=labels)
+
+
+def make_turns(task: Task, options: Training) -> list[TurnTraining]:
+    """The task's turns, each with its parameters, optimizer and schedule.
+
+    Raises:
+        ValueError: if turns do not share out the trainable parameters, or an optimizer's turn or parameters do not exist.
+    """
+    names = [turn.name for turn in task.turns]
+    unknown = sorted(set(options.turn_optimizers) - set(names))
+    if unknown:
+        raise ValueError(
+            f"train.turn_optimizers has {', '.join(unknown)}, "
+            f"and the turns of {type(task).__name__} are {', '.join(names)}"
+        )
+    shares = share_parameters(task)
+    return [
+        TurnTraining(
+            turn,
+            shares[turn.name],
+            [p for name in names if name != turn.name for _, p in shares[name]],
+            options.turn_optimizers.get(turn.name, options.optimizer)(parameters=shares[turn.name]),
+            options.schedule(max_steps=options.max_steps),
+            options.clip_norm,
+            autocast=options.precision == "bfloat16",
+        )
+        for turn in task.turns
+    ]

@@ -1,0 +1,205 @@
+"""Pictures of a tokenizer at several lengths: curves, grids of reconstructions, and a photograph rebuilt tile by tile.
+
+Shapes: images (3, h, w) in [0, 1], on the CPU.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
+from framework.evaluation.rate_distortion import RateDistortion, reconstructions
+from framework.runtime.files import write_bytes
+from framework.tokenizers.tokenizer import Tokenizer
+
+COLOURS = ("#1f5a92", "#c4572e", "#4d8a57", "#7d5a9e")
+"""One for each curve, in order."""
+
+STYLES = (":", "--", "-")
+"""One for each threshold, the strictest first."""
+
+GREY = "#6b6b6b"
+DOTS_PER_INCH = 100
+SHEET_WIDTH = 1600
+"""Pixels at most: wide enough for a README."""
+
+
+def plot_rate_distortion(curves: Mapping[str, RateDistortion], baseline: RateDistortion | None, path: Path) -> None:
+    """Error and quality pass rate against kept tokens, as a PNG.
+
+    Args:
+        curves: by the name in the legend; the first also shows its interval and some of its images.
+        baseline: principal components at equal floats, if they were fitted.
+        path: where to write.
+    """
+    figure = Figure(figsize=(16, 7), dpi=DOTS_PER_INCH, layout="constrained")
+    error_axes, rate_axes = figure.subplots(1, 2)
+    first = next(iter(curves.values()))
+    _plot_images(error_axes, first)
+    for (name, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+        means = curve.errors.mean(0)
+        error_axes.plot(curve.lengths, means, color=colour, linewidth=2.8, marker="o", label=name)
+        for threshold, style in zip(THRESHOLDS, STYLES, strict=True):
+            rates = rqpr(curve.errors, threshold)
+            rate_axes.plot(curve.lengths, rates, style, color=colour, linewidth=2.4, marker="o", markersize=5)
+    for threshold, style in zip(THRESHOLDS, STYLES, strict=True):
+        rate_axes.plot([], [], style, color=GREY, linewidth=2.4, label=f"error at most {threshold}")
+    if baseline is not None:
+        means = baseline.errors.mean(0)
+        error_axes.plot(baseline.lengths, means, "--", color="black", linewidth=2, label="PCA, equal floats")
+    error_axes.set_yscale("log")
+    error_axes.set_ylabel("mean squared error, pixels in [0, 1]", size=15)
+    error_axes.set_title("Reconstruction error, mean over images", loc="left", size=18)
+    rate_axes.set_ylim(0, 1.02)
+    rate_axes.yaxis.set_major_formatter(PercentFormatter(1))
+    rate_axes.set_ylabel("share of images", size=15)
+    rate_axes.set_title("Quality pass rate (rQPR)", loc="left", size=18)
+    for axes in (error_axes, rate_axes):
+        _style(axes, first.lengths)
+    _write(figure, path)
+
+
+def _plot_images(axes: Axes, curve: RateDistortion) -> None:
+    """Behind the means: about 40 images, evenly spaced in difficulty, and the interval of the mean."""
+    by_difficulty = curve.errors[curve.errors.mean(1).argsort()]
+    count = min(40, len(by_difficulty))
+    some = by_difficulty[torch.arange(count) * len(by_difficulty) // count]
+    lines = axes.plot(curve.lengths, some.T.clamp(min=1e-6), color=COLOURS[0], linewidth=0.8, alpha=0.22)
+    lines[0].set_label("single images")
+    low, high = curve.intervals
+    axes.fill_between(curve.lengths, low, high, color=COLOURS[0], alpha=0.16, linewidth=0, label="95% interval")
+
+
+def _style(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = [length for length in lengths if length.bit_count() == 1 or length == lengths[-1]]
+    axes.set_xticks(ticks, [str(length) for length in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens kept per image", size=15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=14)
+    axes.legend(frameon=False, fontsize=13, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def plot_reconstructions(images: Tensor, by_length: Mapping[int, Tensor], path: Path) -> None:
+    """A grid with one image a row: the original, then its reconstruction at each length with the PSNR below.
+
+    Args:
+        images: ``(b, 3, h, w)``.
+        by_length: reconstructions ``(b, 3, h, w)`` by kept tokens.
+        path: where to write.
+    """
+    rows = [[image, *(rebuilt[row] for rebuilt in by_length.values())] for row, image in enumerate(images)]
+    captions = [["", *(f"{_psnr(row[0], rebuilt):.1f} dB" for rebuilt in row[1:])] for row in rows]
+    headings = ["original", *(_count(length, "token") for length in by_length)]
+    _write_sheet(rows, captions, headings, path)
+
+
+def plot_tiled_photograph(photograph: Tensor, tokenizer: Tokenizer, lengths: Sequence[int], path: Path) -> None:
+    """A whole photograph, larger than the tokenizer's images, rebuilt tile by tile at each length.
+
+    Args:
+        photograph: ``(3, h, w)``; scaled to at most 24 tiles on its longer side, cropped to whole tiles.
+        tokenizer: in eval mode; a tile is one of its images.
+        lengths: tokens kept of every tile.
+        path: where to write.
+    """
+    image_size = tokenizer.image_size
+    photograph = _fit_tiles(photograph, image_size)
+    columns = photograph.shape[2] // image_size
+    tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=image_size, w=image_size)
+    device = next(tokenizer.parameters()).device
+    chunks = [torch.stack(list(reconstructions(tokenizer, chunk.to(device), lengths))) for chunk in tiles.split(64)]
+    rebuilt = torch.cat(chunks, dim=1).float().cpu()
+    cells = [
+        photograph,
+        *rearrange(rebuilt, "l (rows columns) c h w -> l c (rows h) (columns w)", columns=columns),
+    ]
+    captions = [f"original\n{_count(len(tiles), 'tile')} of {image_size} x {image_size}"]
+    for length, cell in zip(lengths, cells[1:], strict=True):
+        total = f"{length * len(tiles):,} in all"
+        captions.append(f"{_count(length, 'token')} a tile\n{total}, {_psnr(photograph, cell):.1f} dB")
+    per_row = 2 if photograph.shape[2] >= photograph.shape[1] else len(cells)
+    starts = range(0, len(cells), per_row)
+    _write_sheet([cells[at : at + per_row] for at in starts], [captions[at : at + per_row] for at in starts], [], path)
+
+
+def _fit_tiles(photograph: Tensor, size: int) -> Tensor:
+    """Scale to at most 24 tiles on the longer side and at least one on the shorter; crop the centre to whole tiles."""
+    height, width = photograph.shape[1:]
+    scale = max(min(1.0, 24 * size / max(height, width)), size / min(height, width))
+    if scale != 1:
+        photograph = _resize(photograph, max(size, round(height * scale)), max(size, round(width * scale)))
+    height, width = (side // size * size for side in photograph.shape[1:])
+    top, left = (photograph.shape[1] - height) // 2, (photograph.shape[2] - width) // 2
+    return photograph[:, top : top + height, left : left + width]
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def _write_sheet(
+    rows: Sequence[Sequence[Tensor]], captions: Sequence[Sequence[str]], headings: Sequence[str], path: Path
+) -> None:
+    """Images on white, pixel by pixel, each with a caption below; headings stand above the columns."""
+    gap, columns = 12, len(rows[0])
+    line = 8 + 24 * (1 + captions[0][-1].count("\n"))  # pixels of a caption
+    rows = [[_scale_for_display(image, (SHEET_WIDTH - gap) // columns - gap) for image in row] for row in rows]
+    cell_height, cell_width = rows[0][0].shape[1:]
+    top = line + gap if headings else gap
+    height, width = top + len(rows) * (cell_height + line + gap), gap + columns * (cell_width + gap)
+    sheet = torch.ones(3, height, width)
+    figure = Figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+
+    def label(x: float, y: float, text: str, size: int, color: str) -> None:
+        axes.text(x + cell_width / 2, y, text, size=size, color=color, ha="center", va="center")
+
+    for row, (images, texts) in enumerate(zip(rows, captions, strict=True)):
+        y = top + row * (cell_height + line + gap)
+        for column, (image, text) in enumerate(zip(images, texts, strict=True)):
+            x = gap + column * (cell_width + gap)
+            sheet[:, y : y + cell_height, x : x + cell_width] = image
+            label(x, y + cell_height + line / 2, text, size=14, color=GREY)
+    for column, text in enumerate(headings):
+        label(gap + column * (cell_width + gap), top / 2, text, size=16, color="black")
+    pixels = (rearrange(sheet, "c h w -> h w c") * 255).round().byte().numpy()
+    axes.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
+    _write(figure, path)
+
+
+def _scale_for_display(image: Tensor, width: int) -> Tensor:
+    """Small images grow by a whole factor, so that their pixels stay visible; large ones shrink to ``width``."""
+    factor = width // image.shape[2]
+    if factor:
+        return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return _resize(image, round(image.shape[1] * width / image.shape[2]), width)
+
+
+def _psnr(image: Tensor, reconstruction: Tensor) -> float:
+    return psnr(squared_error(image[None], reconstruction[None])).item()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())

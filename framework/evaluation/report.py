@@ -1,0 +1,168 @@
+"""The evaluation that a finished tokenizer leaves behind: a table of errors, curves and pictures.
+
+Shapes: images (3, h, w) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from framework.data.interface import ImageData
+from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
+from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
+from framework.evaluation.plots import plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
+from framework.evaluation.rate_distortion import (
+    Progress,
+    RateDistortion,
+    few_lengths,
+    measure,
+    rate_distortion,
+    reconstructions,
+)
+from framework.runtime.files import write_text
+from framework.tokenizers.tokenizer import Tokenizer
+
+PCA_IMAGES = 8192
+
+
+def evaluate_tokenizer(
+    tokenizer: Tokenizer,
+    data: ImageData,
+    folder: Path,
+    record: Mapping[str, object],
+    train_data: ImageData | None = None,
+    lengths: Sequence[int] | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Measure a tokenizer on held-out images and leave the results in a folder.
+
+    Writes ``metrics.json``, ``per_image.csv``, ``table.md``, ``rate_distortion.png``, ``reconstructions.png`` and
+    ``photograph.png``.
+
+    Args:
+        tokenizer: in eval mode.
+        data: images that were not trained on.
+        folder: created if needed.
+        record: which weights these are (run, step, averaged or not, seed); goes into the protocol.
+        train_data: what principal components are fitted to; without it there is no baseline.
+        lengths: kept tokens, increasing; ``default_lengths`` if not given.
+        limit: measure the first images only.
+        progress: told how far the measuring is.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        ValueError: see ``measure`` and ``tokenizer_errors``.
+    """
+    curve = rate_distortion(tokenizer, data, lengths, limit, record=record, progress=progress)
+    baseline = _principal_components(curve, tokenizer.token_dim, data, train_data, limit, progress)
+    if baseline is not None:
+        summary, note = baseline.summary(), "PCA keeps as many components as the tokens have floats."
+    else:
+        reason = "no training images" if train_data is None else f"images of {_num_values(data)} values"
+        summary, note = None, f"No PCA baseline: {reason}."
+    metrics = curve.save(folder, {"pca": summary, "pca_note": note})
+    write_text(folder / "table.md", _table(curve, baseline, note))
+    plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png")
+
+    images = data.fetch(spread_images(curve), epoch=0).images
+    rebuilt = reconstructions(tokenizer, images.to(next(tokenizer.parameters()).device), curve.lengths)
+    by_length = {length: images.float().cpu() for length, images in zip(curve.lengths, rebuilt, strict=True)}
+    plot_reconstructions(images, by_length, folder / "reconstructions.png")
+    photograph = _choose_photograph(data, curve.groups)
+    plot_tiled_photograph(photograph, tokenizer, few_lengths(tokenizer.num_tokens), folder / "photograph.png")
+    return metrics
+
+
+def _num_values(data: ImageData) -> int:
+    return 3 * data.image_size**2
+
+
+def _principal_components(
+    curve: RateDistortion,
+    token_dim: int,
+    data: ImageData,
+    train_data: ImageData | None,
+    limit: int | None,
+    progress: Progress | None,
+) -> RateDistortion | None:
+    """The baseline at the curve's lengths and on its images; ``None`` where it cannot be fitted."""
+    if train_data is None or _num_values(data) > MAX_VALUES:
+        return None
+    components = PrincipalComponents.fit(_spaced_images(train_data, PCA_IMAGES))
+
+    def errors(images: Tensor, lengths: Sequence[int]) -> Tensor:
+        return components.errors(images, [length * token_dim for length in lengths])
+
+    record = {
+        "model": f"principal components, {token_dim} for each token",
+        "fitted_to": train_data.protocol(),
+        "fitted_images": components.num_images,
+    }
+    return measure("PCA baseline", errors, data, curve.lengths, limit, record=record, progress=progress)
+
+
+def _spaced_images(data: ImageData, count: int) -> Iterator[Tensor]:
+    """At most ``count`` images in batches, evenly spaced: the first images of a folder may all be of one class."""
+    count = min(count, len(data))
+    indices = torch.arange(count) * len(data) // count
+    for batch in indices.split(256):
+        yield data.fetch(batch.tolist(), epoch=0).images
+
+
+def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) -> str:
+    """The summary as a Markdown table."""
+    rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
+    header = ["tokens", "MSE x 1000", "95% interval", "PSNR, dB", *rates, "falls", "PCA, MSE x 1000"]
+    rows = [header, ["---:"] * len(header)]
+    for column, (length, errors) in enumerate(zip(curve.lengths, curve.errors.T, strict=True)):
+        low, high = (1000 * curve.intervals[:, column]).tolist()
+        falls = (errors < curve.errors[:, column - 1]).double().mean().item()
+        pca = "" if baseline is None else f"{1000 * baseline.errors[:, column].mean().item():.3g}"
+        rows.append(
+            [
+                str(length),
+                f"{1000 * errors.mean().item():.3g}",
+                f"{low:.3g} to {high:.3g}",
+                f"{psnr(errors).mean().item():.2f}",
+                *(f"{rqpr(errors, threshold).item():.0%}" for threshold in THRESHOLDS),
+                f"{falls:.0%}" if column else "",
+                pca,
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    scope = (
+        f"{len(curve.keys)} images of {len(set(curve.groups))} groups; pixels in [0, 1]; definitions in metrics.json."
+    )
+    return "\n".join([*lines, "", f"{scope} {note}"]) + "\n"
+
+
+def spread_images(curve: RateDistortion, count: int = 6) -> list[int]:
+    """Rows of at most ``count`` images that stand for the rest: groups in turn, from the easiest to the hardest images.
+
+    The k-th image has the k-th of ``count`` evenly spaced ranks within its own group, by error averaged over lengths.
+    """
+    difficulty = curve.errors.mean(1).tolist()
+    members: dict[str, list[int]] = {}
+    for row in sorted(range(len(difficulty)), key=difficulty.__getitem__):
+        members.setdefault(curve.groups[row], []).append(row)
+    groups = [members[group] for group in sorted(members)]
+    picks = [groups[k % len(groups)] for k in range(count)]
+    rows = [rows[(2 * k + 1) * len(rows) // (2 * count)] for k, rows in enumerate(picks)]
+    return list(dict.fromkeys(rows))
+
+
+def _choose_photograph(data: ImageData, groups: Sequence[str]) -> Tensor:
+    """A photograph in colour if there is one, the largest of those; of at most 16 groups."""
+    photographs = [data.whole(group) for group in list(dict.fromkeys(groups))[:16]]
+    return max(photographs, key=lambda photograph: (_is_colour(photograph), photograph.numel()))
+
+
+def _is_colour(photograph: Tensor) -> bool:
+    return bool((photograph.amax(0) - photograph.amin(0)).mean() > 0.02)

@@ -1,0 +1,1 @@
+"""Losses on images, shared by every task."""

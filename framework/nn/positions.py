@@ -1,0 +1,45 @@
+"""Positions: sine-cosine tables on a grid, and rotary positions along a sequence.
+
+Shapes: n sequence, d channels, b batch, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def sincos_1d(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sines, then cosines, of positions ``(n,)`` at geometric frequencies: ``(n, width)`` (Vaswani et al. 2017)."""
+    frequencies = max_period ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def sincos_2d(grid: tuple[int, int], width: int, max_period: float = 10_000.0) -> Tensor:
+    """A table for a grid in row-major order, half the channels for rows, half for columns: ``(rows * columns, width)``.
+
+    Raises:
+        ValueError: if ``width`` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions on a grid need a width that is a multiple of 4, got {width}")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    half = width // 2
+    return torch.cat(
+        [sincos_1d(rows.flatten(), half, max_period), sincos_1d(columns.flatten(), half, max_period)], dim=1
+    )
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary positions along the sequence, pairs taken as (first half, second half) of the channels.
+
+    ``x`` is ``(b, h, n, d)`` with even d; position i turns pair j by ``i * base^(-2j/d)`` (Su et al. 2021).
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = rearrange(x, "b h n (two d) -> two b h n d", two=2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,277 @@
+"""Runs: start or continue one from a configuration, evaluate it, and load what it has trained.
+
+A run directory holds ``config.yaml`` (every default written), ``run.json`` (command, versions, commit, host), metrics,
+``checkpoints/`` and ``evaluation/``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import framework.components  # noqa: F401 - registers every part
+from framework.config import Config, build, dump_yaml, load_config, resolve
+from framework.engine.checkpoint import Checkpoint, latest_checkpoint, load_weights
+from framework.engine.experiment import Experiment
+from framework.engine.frozen import frozen_digests, live_state
+from framework.engine.plan import plan
+from framework.engine.trainer import Outcome
+from framework.runtime.files import write_text
+
+Weights = Literal["ema", "model"]
+Split = Literal["train", "validation", "test"]
+
+
+class RunError(Exception):
+    """A run cannot go on; the text says why, and what to do."""
+
+
+def find_config(path: str) -> Path:
+    """A configuration by its path: from here, or else from where the framework is installed.
+
+    Raises:
+        RunError: if neither place has it; the text lists what is near.
+    """
+    installed = Path(__file__).parents[1] / path
+    for candidate in (Path(path), installed):
+        if candidate.is_file():
+            return candidate
+    folder = Path(path).parent if Path(path).parent.is_dir() else installed.parent
+    there = sorted(str(file) for file in folder.glob("*.yaml"))
+    raise RunError(f"there is no configuration {path}" + (f"; {folder} holds {', '.join(there)}" if there else ""))
+
+
+def experiment_from(config: Config, device: str = "cpu") -> Experiment:
+    """Build a run's parts, with initial weights that depend on the run's seed alone.
+
+    On the ``meta`` device nothing is allocated and no weights are read: enough to count and to catch shapes.
+    """
+    run = resolve(config, Experiment)["run"]
+    if run["threads"] is not None:
+        torch.set_num_threads(run["threads"])
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(run["seed"])
+        return build(config, Experiment, load_weights=_skip if device == "meta" else load_part)
+
+
+def dry_run(config: Config) -> str:
+    """The plan of a run, from parts built without memory for weights."""
+    return plan(experiment_from(config, device="meta"))
+
+
+def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Outcome:
+    """Train as the configuration says, from the start or from where the same run stopped, and evaluate the result.
+
+    Args:
+        config: checked here before anything is written.
+        say: told where things are.
+        fresh: move an older run of that directory aside instead of continuing it.
+
+    Raises:
+        ConfigError: if the configuration is wrong.
+        RunError: if the directory holds a run of another configuration.
+    """
+    text = dump_yaml(resolve(config, Experiment))
+    folder = Path(config.tree["run"]["dir"])
+    if fresh and folder.exists():
+        say(f"moved the older run to {_move_aside(folder)}")
+    _claim(folder, text)
+    if (folder / "evaluation" / "metrics.json").exists():
+        checkpoint = _checkpoint(folder)
+        say(f"{folder} is finished: {checkpoint.step} steps. Train longer or anew in another run.dir, or with --fresh.")
+        _say_results(folder / "evaluation", say)
+        return Outcome("finished", checkpoint.step)
+    _record_session(folder)
+    experiment = experiment_from(config)
+    outcome = experiment.trainer.fit()
+    if outcome.status == "stopped":
+        say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
+        return outcome
+    _evaluate(experiment, folder, "validation", folder / "evaluation", say)
+    return outcome
+
+
+def evaluate(
+    folder: Path,
+    say: Callable[[str], None],
+    split: Split = "validation",
+    out: Path | None = None,
+    lengths: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Evaluate a run's averaged weights on a split of its data; returns the folder of the results.
+
+    Args:
+        folder: the run directory.
+        say: told where things are.
+        split: which images.
+        out: where results go; ``evaluation`` of the run, with the split's name behind it unless it is validation.
+        lengths: kept tokens to measure; a spread of them unless given.
+        limit: measure the first images only.
+    """
+    experiment = experiment_from(_config(folder))
+    out = out or folder / ("evaluation" if split == "validation" else f"evaluation_{split}")
+    _evaluate(experiment, folder, split, out, say, lengths, limit)
+    return out
+
+
+def load(path: str | Path, weights: Weights | None = None) -> nn.Module:
+    """The model that a run has trained, in eval mode on the CPU.
+
+    Args:
+        path: a run directory.
+        weights: ``ema`` for averaged weights, ``model`` for those of the last step; unless given, averaged ones where
+            there are some.
+
+    Raises:
+        RunError: if the directory holds no run or no checkpoint yet.
+        CheckpointError: if the weights do not fit the configuration.
+    """
+    folder = Path(path)
+    experiment = experiment_from(_config(folder))
+    _restore(experiment, folder, weights)
+    return experiment.task.model.eval()
+
+
+def load_part(module: nn.Module, source: str, path: str) -> None:
+    """Load a part's weights, strictly, for a node ``weights: source`` at the dotted ``path`` of a configuration.
+
+    Args:
+        module: the part.
+        source: a run directory, whose part of the same path is taken with averaged weights where there are some, or a
+            ``.safetensors`` file with the names of the part's own state.
+        path: such as ``tokenizer.encoder``.
+
+    Raises:
+        RunError: if the source is neither.
+        CheckpointError: if names or shapes differ.
+    """
+    file = Path(source)
+    if file.suffix == ".safetensors" and file.is_file():
+        load_weights(module, load_file(file), source)
+        return
+    donor = experiment_from(_config(file))
+    _restore(donor, file, None)
+    try:
+        part = donor.task.get_submodule(path)
+    except AttributeError:
+        raise RunError(f"{path}: the run {source} has no such part to take weights from") from None
+    load_weights(module, live_state(part), f"{source}, {path}")
+
+
+def _skip(module: nn.Module, source: str, path: str) -> None:
+    """On the meta device there is nothing to load into."""
+
+
+def _config(folder: Path) -> Config:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first, or check the path")
+    return load_config(file)
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise RunError(f"{folder} has no checkpoint yet: its training has not come that far")
+    return checkpoint
+
+
+def _restore(experiment: Experiment, folder: Path, weights: Weights | None) -> dict[str, object]:
+    """Load a run's weights into its model and say which they are."""
+    checkpoint = _checkpoint(folder)
+    model = experiment.task.model
+    checkpoint.check_frozen(frozen_digests(experiment.task))
+    load_weights(experiment.task, checkpoint.weights("model"), checkpoint.folder)
+    chosen = weights or ("model" if experiment.train.ema_decay is None else "ema")
+    if chosen == "ema":
+        load_weights(model, checkpoint.weights("ema"), checkpoint.folder)
+    return {"run": str(folder), "step": checkpoint.step, "weights": chosen, "seed": experiment.run.seed}
+
+
+def _evaluate(
+    experiment: Experiment,
+    folder: Path,
+    split: Split,
+    out: Path,
+    say: Callable[[str], None],
+    lengths: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> None:
+    record = _restore(experiment, folder, None)
+    data = experiment.data
+    experiment.task.to(experiment.run.torch_device()).eval()
+    with torch.no_grad():
+        experiment.task.report(getattr(data, split), data.train, out, record, lengths, limit)
+    _say_results(out, say)
+
+
+def _say_results(folder: Path, say: Callable[[str], None]) -> None:
+    say((folder / "table.md").read_text().strip())
+    say("results: " + " ".join(sorted(str(path) for path in folder.iterdir())))
+
+
+def _claim(folder: Path, text: str) -> None:
+    """Make the directory this configuration's, or find that it is already."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        write_text(file, text)
+        return
+    old = file.read_text()
+    if old != text:
+        changes = difflib.unified_diff(
+            old.splitlines(), text.splitlines(), f"{file} (what runs there)", "this configuration", lineterm="", n=0
+        )
+        raise RunError(
+            f"{folder} holds a run of another configuration. Choose another run.dir, or start anew with --fresh, which "
+            "moves the old run aside:\n" + "\n".join(changes)
+        )
+
+
+def _move_aside(folder: Path) -> Path:
+    target = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(target)
+    return target
+
+
+def _record_session(folder: Path) -> None:
+    """Add this start of the run to ``run.json``."""
+    file = folder / "run.json"
+    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    names = ("torch", "torchvision", "numpy", "einops", "fvcore")
+    sessions.append(
+        {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in names},
+            "git": _git_commit(),
+            "host": platform.node(),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    write_text(file, json.dumps({"sessions": sessions}, indent=1) + "\n")
+
+
+def _git_commit() -> str | None:
+    """The commit of the framework's checkout, with a mark where files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

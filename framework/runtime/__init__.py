@@ -1,0 +1,1 @@
+"""What every part may lean on: files, random numbers, records."""

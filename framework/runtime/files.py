@@ -1,0 +1,106 @@
+"""Files that survive a crash: every write of the framework goes through this module.
+
+A file is either the old one or the new one, never a torn one: the content goes to a temporary file in the same folder,
+is forced to the disk, and takes the name in one step. What a kill may leave behind ends in ``.partial`` and is
+overwritten or removed by the next run.
+
+``_write``, ``_fsync`` and ``_replace`` are the only places that touch the disk; tests replace them to inject faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _replace(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file atomically and durably, making its folder if there is none.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; an existing file is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        with open(temporary, "wb") as file:
+            _write(file, content)
+            _fsync(file.fileno())
+        _replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text at the end of a file; a kill may tear the last line, and ``sync`` makes it durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        _write(file, text.encode())
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(partial: Path, target: Path) -> None:
+    """Give a folder whose files are all written its final name, durably; a folder of that name is removed first."""
+    sync(partial)
+    if target.exists():
+        remove_folder(target)
+    _replace(partial, target)
+    sync(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill leaves it whole or under a name that ends in ``.partial``."""
+    doomed = path.with_name(path.name + ".removed" + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    _replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed writes and removals left in a folder; only the run that owns the folder may."""
+    for path in folder.glob("*" + PARTIAL):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()

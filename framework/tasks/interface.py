@@ -1,0 +1,109 @@
+"""Tasks: what one training step computes. How it is run (optimizer, device, ranks, files) is the engine's business.
+
+A task is one module that owns models and losses. A turn names the parameters that one optimizer trains: a GAN is a
+second turn, not a second trainer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from framework.config.registry import Registry
+from framework.data.interface import Batch, ImageData
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer's share of a step.
+
+    Args:
+        name: such as ``generator`` or ``discriminator``; optimizers and schedules go by it.
+        parameters: globs over the task's parameter names.
+        start: first step at which the turn is taken.
+        period: the turn is taken at every ``period``-th step from there.
+    """
+
+    name: str
+    parameters: tuple[str, ...] = ("*",)
+    start: int = 0
+    period: int = 1
+
+    def is_due(self, step: int) -> bool:
+        """Whether the turn is taken at ``step`` (counted from 0)."""
+        return step >= self.start and (step - self.start) % self.period == 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may know of the run: its number (from 0), progress in [0, 1], and one generator per purpose.
+
+    ``generator("lengths")`` is a CPU generator seeded from (seed, purpose, rank); its state is checkpointed.
+    """
+
+    step: int
+    progress: float
+    generator: Callable[[str], torch.Generator]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Named losses, weighted, whose sum is minimised; and detached numbers that are only logged."""
+
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Task(nn.Module, ABC):
+    """Models and losses, and what one turn of one step computes with them.
+
+    Attributes:
+        turns: in the order in which they are taken within a step.
+    """
+
+    turns: tuple[Turn, ...]
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """What a run is for: what the moving average follows and ``framework.load`` returns."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
+        """The losses of one turn on one micro-batch."""
+
+    @abstractmethod
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """A few numbers on held-out images while training goes on; the model is in eval mode, without gradients."""
+
+    @abstractmethod
+    def report(
+        self,
+        data: ImageData,
+        train_data: ImageData,
+        folder: Path,
+        record: Mapping[str, object],
+        lengths: Sequence[int] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, object]:
+        """The evaluation that a finished run leaves in ``folder``: numbers, plots and pictures.
+
+        Args:
+            data: held-out images.
+            train_data: for baselines that must be fitted.
+            folder: where everything goes.
+            record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
+            lengths: kept tokens to measure; a spread of them unless given.
+            limit: measure the first images only.
+
+        Returns:
+            The numbers.
+        """
+
+
+TASKS = Registry("task", Task)

@@ -1,0 +1,69 @@
+"""Training a tokenizer: draw lengths, reconstruct from the kept tokens, compare.
+
+Shapes: b batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from framework.data.interface import Batch, ImageData
+from framework.evaluation.rate_distortion import validation_errors
+from framework.evaluation.report import evaluate_tokenizer
+from framework.losses.interface import Loss
+from framework.tasks.interface import TASKS, Context, StepOutput, Task, Turn
+from framework.tokenizers.tokenizer import Tokenizer
+
+
+@TASKS.register()
+class TrainTokenizer(Task):
+    """Reconstruction from prefixes whose lengths the tokenizer's masking schedule draws (AdaTok, stage one).
+
+    Args:
+        losses: named losses on images; their weighted sum and the quantizer's losses are minimised.
+        tokenizer: what is trained.
+
+    Raises:
+        ValueError: if there are no losses.
+    """
+
+    turns = (Turn("tokenizer"),)
+
+    def __init__(self, losses: dict[str, Loss], *, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("a task without losses trains nothing: set task.losses to {pixel: {name: PixelLoss}}")
+        self.tokenizer = tokenizer
+        self.losses = nn.ModuleDict(losses)
+
+    @property
+    def model(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
+        """Losses at lengths drawn from the generator ``lengths``."""
+        lengths = self.tokenizer.draw_lengths(len(batch.images), context.progress, context.generator("lengths"))
+        result = self.tokenizer(batch.images, lengths.to(batch.images.device))
+        losses: dict[str, Tensor] = {name: loss(result.images, batch.images) for name, loss in self.losses.items()}
+        losses |= {f"quantizer_{name}": value for name, value in result.quantizer_losses.items()}
+        return StepOutput(losses, {"mean_length": lengths.double().mean()})
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean squared error on [0, 1] at the shortest, a middle and the full length."""
+        return validation_errors(self.tokenizer, batches)
+
+    def report(
+        self,
+        data: ImageData,
+        train_data: ImageData,
+        folder: Path,
+        record: Mapping[str, object],
+        lengths: Sequence[int] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, object]:
+        """Rate-distortion numbers, plots and pictures on ``data``."""
+        return evaluate_tokenizer(self.tokenizer, data, folder, record, train_data, lengths, limit)

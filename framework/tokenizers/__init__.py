@@ -1,0 +1,1 @@
+"""Tokenizers: their parts and the assembly."""

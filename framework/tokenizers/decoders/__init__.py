@@ -1,0 +1,1 @@
+"""Registered decoders, one idea a file."""

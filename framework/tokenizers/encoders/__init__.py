@@ -1,0 +1,1 @@
+"""Registered encoders, one idea a file."""

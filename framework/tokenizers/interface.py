@@ -1,0 +1,151 @@
+"""The parts of a tokenizer: what each promises, and the registry where its components stand.
+
+Data flows one way: image -> ImageSpace -> Encoder -> Quantizer -> Tokens -> Decoder (with its Head) -> ImageSpace ->
+image.
+
+Shapes: b batch, c channels of a space, h and w its grid, n tokens, d channels of a token, f image features, p positions
+(patches) of a transformer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from framework.config.registry import Registry
+from framework.tokens import Tokens
+
+Contract = Literal["truncate", "length_conditioned", "growing"]
+
+
+class ImageSpace(nn.Module, ABC):
+    """Where a tokenizer reads or writes images: pixels, or a frozen autoencoder's latents.
+
+    Attributes:
+        channels: c of the space.
+        downsampling: pixels per step of the space's grid, so h = image height / downsampling.
+    """
+
+    channels: int
+    downsampling: int
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images ``(b, 3, height, width)`` in [0, 1] -> values ``(b, c, h, w)`` of about unit scale."""
+
+    @abstractmethod
+    def decode(self, values: Tensor) -> Tensor:
+        """Values ``(b, c, h, w)`` -> images in [0, 1], overshoot left in, since clamping would stop gradients."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder returns: latents ``(b, n, d)`` before the quantizer, and pooled image features ``(b, f)``."""
+
+    latents: Tensor
+    features: Tensor
+
+
+class Encoder(nn.Module, ABC):
+    """Turns a grid of values into an ordered sequence of latent tokens.
+
+    Keyword-only arguments from the tokenizer: ``in_channels``, ``grid_size`` (rows and columns of the input space) and
+    ``out_dim`` (channels of a token, the quantizer's ``dim``).
+
+    Attributes:
+        contract: ``truncate`` where one encoding serves every length, ``length_conditioned`` where each length
+            needs its own pass, ``growing`` where passes add tokens.
+        num_tokens: n, the longest sequence.
+        positions: rows and columns of the grid of patches that the decoder rebuilds.
+        feature_dim: f.
+    """
+
+    contract: Contract
+    num_tokens: int
+    positions: tuple[int, int]
+    feature_dim: int
+
+    @abstractmethod
+    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Encoding:
+        """Values ``(b, c, h, w)`` -> latents and features; only length-conditioned encoders read ``lengths (b,)``."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Latents ``(b, n, d)`` for the decoder, codes ``(b, n)`` or ``None``, and the quantizer's own named losses."""
+
+    latents: Tensor
+    codes: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(nn.Module, ABC):
+    """The bottleneck of a token.
+
+    Attributes:
+        dim: d, channels of a token.
+        vocabulary: number of codes, ``None`` where tokens are continuous.
+    """
+
+    dim: int
+    vocabulary: int | None = None
+
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Quantized:
+        """Latents ``(b, n, d)`` -> what the decoder reads; gradients pass (straight-through where discrete)."""
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        """Codes ``(b, n)`` -> latents ``(b, n, d)``.
+
+        Raises:
+            TypeError: where tokens are continuous and there are no codes.
+        """
+        raise TypeError(f"{type(self).__name__} has no codes: its tokens are continuous, pass latents instead")
+
+
+class MaskingSchedule(ABC):
+    """How many tokens of each image survive a training step."""
+
+    @abstractmethod
+    def lengths(
+        self, batch_size: int, num_tokens: int, progress: float, generator: torch.Generator
+    ) -> Tensor:
+        """Lengths ``(b,)`` int64 from 1 to ``num_tokens``, on the CPU; ``progress`` of training is in [0, 1].
+
+        The same generator state gives the same lengths.
+        """
+
+
+class Decoder(nn.Module, ABC):
+    """Rebuilds the values of a grid from the kept tokens only.
+
+    Keyword-only arguments from the tokenizer: ``token_dim`` (d), ``num_tokens`` (n), ``positions`` (the encoder's),
+    ``out_channels`` (c of the output space) and ``patch_size`` (output grid / positions).
+    """
+
+    @abstractmethod
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tokens -> values ``(b, c, h, w)`` of the output space."""
+
+
+class Head(nn.Module, ABC):
+    """The decoder's last step, from states at positions to values.
+
+    Keyword-only arguments from the decoder: ``width``, ``out_channels`` and ``patch_size``.
+    """
+
+    @abstractmethod
+    def forward(self, states: Tensor, positions: tuple[int, int]) -> Tensor:
+        """States ``(b, p, width)`` at a grid of ``positions`` -> values ``(b, c, h, w)``."""
+
+
+SPACES = Registry("space", ImageSpace)
+ENCODERS = Registry("encoder", Encoder)
+QUANTIZERS = Registry("quantizer", Quantizer)
+MASKING = Registry("masking", MaskingSchedule)
+DECODERS = Registry("decoder", Decoder)
+HEADS = Registry("head", Head)

@@ -1,0 +1,1 @@
+"""Registered quantizers, one idea a file."""

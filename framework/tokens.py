@@ -1,0 +1,68 @@
+"""Tokens: an ordered token sequence whose prefixes decode; what every part of the framework passes on.
+
+Shapes: b batch, n tokens in the padded sequence, d channels of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of token sequences, each with its own length; what stands behind a length is padding.
+
+    Args:
+        latents: what the decoder reads, ``(b, n, d)`` float.
+        lengths: how many tokens of each row count, ``(b,)`` int64, each from 1 to n.
+        codes: codebook indices ``(b, n)`` int64; ``None`` where tokens are continuous.
+
+    Raises:
+        ValueError: if the shapes or types do not fit each other.
+    """
+
+    latents: Tensor
+    lengths: Tensor
+    codes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 3:
+            raise ValueError(f"latents must be (b, n, d), got shape {tuple(self.latents.shape)}")
+        if self.lengths.shape != self.latents.shape[:1] or self.lengths.dtype != torch.int64:
+            raise ValueError(
+                f"lengths must be int64 of shape ({len(self.latents)},), "
+                f"got {self.lengths.dtype} of shape {tuple(self.lengths.shape)}"
+            )
+        if self.codes is not None and self.codes.shape != self.latents.shape[:2]:
+            raise ValueError(
+                f"codes must have shape {tuple(self.latents.shape[:2])}, got {tuple(self.codes.shape)}"
+            )
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a token counts: bool ``(b, n)``, a prefix of each row."""
+        return torch.arange(self.latents.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def with_lengths(self, lengths: Tensor) -> Tokens:
+        """The same sequences read up to other ``lengths`` (b,); nothing is copied."""
+        return replace(self, lengths=lengths)
+
+    def truncate(self, num_tokens: int) -> Tokens:
+        """Cut the padded sequence to its first ``num_tokens`` positions and lengths to at most that."""
+        return Tokens(
+            self.latents[:, :num_tokens],
+            self.lengths.clamp(max=num_tokens),
+            None if self.codes is None else self.codes[:, :num_tokens],
+        )
+
+    def select(self, rows: Tensor) -> Tokens:
+        """The given rows, by index ``(r,)`` or by bool mask ``(b,)``."""
+        return Tokens(
+            self.latents[rows], self.lengths[rows], None if self.codes is None else self.codes[rows]
+        )

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from framework.data.folder import ImageFolder
+from framework.data.transforms import CenterCrop, ImageError, RandomResizedCrop
+
+from .conftest import MakeImages
+
+
+def folder(root: Path | str, training: bool = False, seed: int = 0, **given: Any) -> ImageFolder:
+    return ImageFolder(str(root), **given, image_size=16, training=training, seed=seed)
+
+
+def test_class_folders_are_labelled_by_sorted_name(make_images: MakeImages) -> None:
+    data = folder(make_images("dog/b.jpg", "cat/deep/er/z.png", "dog/a.JPEG", "cat/a.webp", "cat-like/c.PNG"))
+    batch = data.fetch(range(len(data)), epoch=0)
+    assert data.classes == ["cat", "cat-like", "dog"]
+    assert batch.keys == ["cat/a.webp", "cat/deep/er/z.png", "cat-like/c.PNG", "dog/a.JPEG", "dog/b.jpg"]
+    assert batch.groups == batch.keys
+    assert batch.labels is not None and batch.labels.dtype == torch.int64
+    assert batch.labels.tolist() == [0, 0, 1, 2, 2]
+    assert batch.images.shape == (5, 3, 16, 16) and batch.images.dtype == torch.float32
+    assert 0 <= batch.images.min() and 0.5 < batch.images.max() <= 1
+
+
+def test_flat_folder_has_no_labels_and_leaves_other_files_alone(make_images: MakeImages) -> None:
+    root = make_images("b.png", "a.png", "sub/c.png", ".hidden.png", ".thumbnails/d.png")
+    (root / "notes.txt").write_text("no image")
+    data = folder(root)
+    assert data.paths == ["a.png", "b.png", "sub/c.png"]
+    assert data.fetch([0], epoch=0).labels is None and data.protocol()["classes"] == 0
+
+
+def test_linked_class_folders_count(make_images: MakeImages) -> None:
+    root = make_images("pool/cat/a.png", "set/dog/b.png")
+    (root / "set/cat").symlink_to(root / "pool/cat")
+    assert folder(root / "set").paths == ["cat/a.png", "dog/b.png"]
+
+
+def test_evaluation_is_the_centre_crop_in_every_epoch(make_images: MakeImages) -> None:
+    data = folder(make_images("a.png"))
+    image = Image.open(data.root / "a.png")
+    expected = np.asarray(CenterCrop(image_size=16)(image, np.random.default_rng())) / np.float32(255)
+    for epoch in (0, 5):
+        assert np.array_equal(data.fetch([0], epoch).images[0].permute(1, 2, 0).numpy(), expected)
+    assert "bicubic" in str(data.protocol()["crop"]) and data.protocol()["augmentation"] == "none"
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(make_images: MakeImages) -> None:
+    root = make_images(*(f"{number}.png" for number in range(8)))
+    data = folder(root, training=True)
+    together = data.fetch(range(8), epoch=1).images
+    one_by_one = torch.cat([data.fetch([index], epoch=1).images for index in reversed(range(8))]).flip(0)
+    assert torch.equal(together, one_by_one)
+    assert torch.equal(together, folder(root, training=True).fetch(range(8), epoch=1).images)
+    assert not torch.equal(together, data.fetch(range(8), epoch=2).images)
+    assert not torch.equal(together, folder(root, training=True, seed=1).fetch(range(8), epoch=1).images)
+
+
+def test_training_flips(make_images: MakeImages) -> None:
+    root = make_images("a.png", size=(16, 16))  # a square leaves the crop no choice
+    plain = folder(root).fetch([0], epoch=0).images
+    assert torch.equal(folder(root, training=True, flip=1.0).fetch([0], epoch=0).images, plain.flip(-1))
+    assert torch.equal(folder(root, training=True, flip=0.0).fetch([0], epoch=0).images, plain)
+    assert torch.equal(folder(root, flip=1.0).fetch([0], epoch=0).images, plain)
+
+
+def test_a_chosen_transform_is_used_and_recorded(make_images: MakeImages) -> None:
+    root = make_images("a.png")
+    data = folder(root, transform=partial(RandomResizedCrop, scale=0.1))
+    assert data.protocol()["crop"] == "random square of area 0.1 to 1, to 16 (Pillow bicubic, antialiased)"
+    assert not torch.equal(data.fetch([0], epoch=0).images, folder(root).fetch([0], epoch=0).images)
+    assert torch.equal(data.fetch([0], epoch=0).images, data.fetch([0], epoch=7).images)
+
+
+def test_whole_is_uncropped(make_images: MakeImages) -> None:
+    data = folder(make_images("cat/a.png"))
+    whole = data.whole("cat/a.png")
+    assert whole.shape == (3, 20, 24)
+    pixels = np.asarray(Image.open(data.root / "cat/a.png"))
+    assert np.array_equal((whole * 255).round().permute(1, 2, 0).numpy(), pixels)
+
+
+def test_missing_root_says_where_it_looked_and_how_to_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for root, reason in {
+        "photos": f"the folder {tmp_path}/photos does not exist",
+        "file": f"the folder {tmp_path}/file is a file",
+        "": "root is empty",
+    }.items():
+        with pytest.raises(FileNotFoundError) as caught:
+            folder(root)
+        assert str(caught.value) == f"ImageFolder: {reason}. Name a folder of images: data.train.root=DIR"
+
+
+def test_home_is_expanded(make_images: MakeImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(make_images("photos/a.png")))
+    assert folder("~/photos").paths == ["a.png"]
+
+
+def test_a_root_without_images_counts_what_it_found(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/clip.mp4").touch()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError) as caught:
+        folder(tmp_path)
+    assert str(caught.value) == (
+        f"ImageFolder: no images in {tmp_path}: 2 files in 1 subfolders, none ends in .jpg, .jpeg, .png, .webp"
+    )
+
+
+def test_a_broken_file_is_named(make_images: MakeImages) -> None:
+    root = make_images("a.png", "b.png")
+    (root / "b.png").write_text("no image")
+    data = folder(root)
+    data.fetch([0], epoch=0)
+    with pytest.raises(ImageError, match=r"b\.png: cannot be read as an image \(cannot identify"):
+        data.fetch([0, 1], epoch=0)

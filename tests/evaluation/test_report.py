@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from framework.evaluation import report
+from framework.evaluation.image_metrics import squared_error
+from framework.evaluation.pca import PrincipalComponents
+from framework.evaluation.plots import plot_rate_distortion, plot_tiled_photograph
+from framework.evaluation.rate_distortion import RateDistortion
+from framework.evaluation.report import evaluate_tokenizer, spread_images
+from framework.tokenizers.tokenizer import Tokenizer
+from tests.evaluation.fakes import FixedImages, basis_tokenizer, orthonormal
+
+
+def smooth_images(count: int, seed: int) -> torch.Tensor:
+    """Colourful 8 x 8 images whose neighbouring pixels agree."""
+    coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (8, 8), mode="bilinear")
+
+
+def data(count: int = 24) -> FixedImages:
+    return FixedImages(smooth_images(count, seed=3), ["cat", "coin", "rocket"] * (count // 3))
+
+
+def tokenizer() -> Tokenizer:
+    return basis_tokenizer(torch.full((192,), 0.5), orthonormal(192, 64, seed=0), token_dim=8)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_evaluation_leaves_numbers_and_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    train, measured = FixedImages(smooth_images(100, seed=4), ["train"] * 100), []
+    metrics: dict[str, Any] = evaluate_tokenizer(
+        tokenizer(), data(), folder, {"step": 3}, train, progress=lambda *state: measured.append(state)
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json",
+        "per_image.csv",
+        "table.md",
+        "rate_distortion.png",
+        "reconstructions.png",
+        "photograph.png",
+    }
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert measured == [("tokenizer", 24, 24), ("PCA baseline", 24, 24)]
+    for name, width in (("rate_distortion", 1600), ("reconstructions", 1400), ("photograph", 1000)):
+        picture = pixels(folder / f"{name}.png")
+        assert width <= picture.shape[1] <= 1600 and 400 < picture.shape[0] < 2500
+        assert picture.std() > 10 and len(np.unique(picture[::9, ::9].reshape(-1, 3), axis=0)) > 20
+
+    pca = metrics["pca"]
+    components = PrincipalComponents.fit([train.images])
+    expected = components.errors(data().images, [8, 16, 32, 48, 64]).double().mean(0).tolist()
+    assert [row["mse"] for row in pca["per_length"]] == expected
+    assert pca["protocol"]["weights"]["fitted_images"] == 100
+    table = (folder / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 5 + 2  # header, rule, lengths 1 2 4 6 8, blank, note
+    assert table[2].startswith("| 1 | ") and table[2].endswith(f" {1000 * expected[0]:.3g} |")
+
+
+def test_missing_baselines_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in ("plot_rate_distortion", "plot_reconstructions", "plot_tiled_photograph"):
+        monkeypatch.setattr(report, plot, lambda *arguments: None)
+    metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, lengths=[8])
+    assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: no training images."
+    large = FixedImages(torch.rand(3, 3, 40, 40), ["a", "b", "c"])
+    wide = basis_tokenizer(torch.full((4800,), 0.5), torch.eye(4800)[:, :2], token_dim=1)
+    metrics = evaluate_tokenizer(wide, large, tmp_path, {}, train_data=large)
+    assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: images of 4800 values."
+    assert "No PCA baseline" in (tmp_path / "table.md").read_text()
+
+
+def test_spread_takes_groups_in_turn_and_rising_difficulty() -> None:
+    errors = torch.arange(20.0)[:, None] / 100
+    groups = tuple("ab"[row % 2] for row in range(20))
+    curve = RateDistortion(errors, (1,), tuple(map(str, range(20))), groups, {})
+    rows = spread_images(curve, count=4)
+    assert [groups[row] for row in rows] == ["a", "b", "a", "b"]
+    assert rows == [2, 7, 12, 17]
+    assert spread_images(RateDistortion(errors[:1], (1,), ("0",), ("a",), {}), count=4) == [0]
+
+
+def test_the_photograph_is_in_colour_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.Tensor] = []
+    monkeypatch.setattr(report, "plot_tiled_photograph", lambda photograph, *rest: chosen.append(photograph))
+    images = smooth_images(3, seed=0)
+    images[[0, 2]] = images[[0, 2], :1]  # grey
+    held_out = FixedImages(images, ["grey", "colour", "grey again"])
+    evaluate_tokenizer(tokenizer(), held_out, tmp_path, {}, lengths=[8])
+    assert torch.equal(chosen[0], held_out.whole("colour"))
+
+
+def test_tiles_of_a_photograph_come_back_where_they_were(tmp_path: Path) -> None:
+    copying = basis_tokenizer(torch.zeros(192), torch.eye(192), token_dim=48)
+    photograph = torch.rand(3, 20, 35, generator=torch.Generator().manual_seed(0))
+    plot_tiled_photograph(photograph, copying, (1, 4), tmp_path / "photograph.png")
+    sheet = torch.from_numpy(pixels(tmp_path / "photograph.png").copy()).permute(2, 0, 1) / 255
+    cropped = photograph[:, 2:18, 1:33]  # two by four whole tiles of 8 x 8, from the centre
+    factor = ((1600 - 12) // 2 - 12) // 32
+    cropped = cropped.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    height, width = cropped.shape[1:]
+    assert sheet.shape[2] == 12 + 2 * (width + 12)
+    original, below = sheet[:, 12 : 12 + height], sheet[:, 12 + height + 56 + 12 :][:, :height]
+    torch.testing.assert_close(original[:, :, 12 : 12 + width], cropped, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(below[:, :, 12 : 12 + width], cropped, atol=1 / 255, rtol=0)  # all four tokens
+    one = original[:, :, 24 + width : 24 + 2 * width]
+    assert squared_error(one[None], cropped[None]).item() > 0.1
+
+
+def test_large_photographs_shrink_to_24_tiles_and_small_ones_grow_to_one(tmp_path: Path) -> None:
+    for height, width, tiles in ((400, 800, 12 * 24), (800, 400, 12 * 24), (5, 20, 4), (8, 8, 1)):
+        copying = basis_tokenizer(torch.zeros(192), torch.eye(192), token_dim=48)
+        plot_tiled_photograph(torch.rand(3, height, width), copying, (4,), tmp_path / "photograph.png")
+        assert copying.decoded == tiles
+
+
+def test_a_second_curve_is_drawn(tmp_path: Path) -> None:
+    errors = torch.tensor([[0.1, 0.05, 0.01], [0.2, 0.08, 0.02]]).double()
+    one = RateDistortion(errors, (1, 2, 4), ("a", "b"), ("a", "b"), {})
+    two = RateDistortion(errors * 3, (1, 2, 4), ("a", "b"), ("a", "b"), {})
+    plot_rate_distortion({"masked": one}, None, tmp_path / "one.png")
+    plot_rate_distortion({"masked": one, "full": two}, one, tmp_path / "two.png")
+    orange = np.array([0xC4, 0x57, 0x2E])
+    assert not (pixels(tmp_path / "one.png") == orange).all(-1).any()
+    assert (pixels(tmp_path / "two.png") == orange).all(-1).sum() > 500

@@ -1,0 +1,107 @@
+"""The laws that every decoder, encoder and space keeps, over every registered component."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from framework.tokenizers.decoders.dropping import DROP_MODES
+from framework.tokenizers.interface import DECODERS, ENCODERS, HEADS, SPACES
+from framework.tokenizers.tokenizer import Tokenizer
+from framework.tokens import Tokens
+from tests.tokenizers.build import small_tokenizer
+
+LENGTHS = torch.tensor([1, 2, 3, 6, 6])
+IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+# What each registered part needs beside its defaults to be built small; a newcomer without an entry takes its defaults.
+ENCODER_ARGUMENTS = {"SuffixTokenViT": [{}, {"attention": "latents_causal"}]}
+DECODER_ARGUMENTS = {"MaskTokenViT": [{"drop_mode": mode} for mode in DROP_MODES]}
+
+
+def variants() -> list[tuple[str, dict[str, dict[str, object]]]]:
+    cases: list[tuple[str, dict[str, dict[str, object]]]] = []
+    for name, _ in ENCODERS:
+        cases += [(f"{name}-{a}", {"encoder": a}) for a in ENCODER_ARGUMENTS.get(name, [{}])]
+    for name, _ in DECODERS:
+        cases += [(f"{name}-{a}", {"decoder": a}) for a in DECODER_ARGUMENTS.get(name, [{}])]
+    cases += [(name, {"decoder": {"head": head}}) for name, head in HEADS]
+    return cases
+
+
+@pytest.fixture(params=variants(), ids=lambda case: case[0])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return small_tokenizer(**request.param[1]).eval()
+
+
+@torch.no_grad()
+def test_prefix_law_dropped_tokens_change_nothing_exactly(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(IMAGES, LENGTHS)
+    before = tokenizer.decode(tokens)
+    for filling in (1e4, float("nan"), float("inf")):
+        changed = tokens.latents.masked_fill(~tokens.mask[..., None], filling)
+        assert torch.equal(before, tokenizer.decode(Tokens(changed, tokens.lengths)))
+
+
+def test_prefix_law_dropped_tokens_have_no_gradient(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(IMAGES, LENGTHS)
+    latents = tokens.latents.detach().requires_grad_()
+    tokenizer.decoder(Tokens(latents, LENGTHS)).square().sum().backward()
+    assert latents.grad is not None
+    assert (latents.grad[~tokens.mask] == 0).all()
+    assert (latents.grad[tokens.mask].abs().sum(dim=1) > 0).all()
+
+
+@torch.no_grad()
+def test_kept_tokens_do_matter(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(IMAGES, LENGTHS)
+    before = tokenizer.decoder(tokens)
+    for position in range(6):
+        changed = tokens.latents.clone()
+        changed[:, position] += 1.0
+        moved = (tokenizer.decoder(Tokens(changed, LENGTHS)) - before).flatten(1).abs().amax(dim=1) > 1e-4
+        assert moved.tolist() == (LENGTHS > position).tolist()
+
+
+@torch.no_grad()
+def test_a_sample_does_not_depend_on_its_batch(tokenizer: Tokenizer) -> None:
+    together = tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS))
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone = tokenizer.decode(tokenizer.encode(IMAGES[row : row + 1], length))
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_encoding_serves_every_length_where_the_contract_says_so(tokenizer: Tokenizer) -> None:
+    assert tokenizer.contract == "truncate"
+    whole = tokenizer.encode(IMAGES)
+    for length in (1, 4, 6):
+        assert torch.equal(whole.latents, tokenizer.encode(IMAGES, length).latents)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_removing_equals_key_padding(seed: int) -> None:
+    results = []
+    for mode in DROP_MODES:
+        tokenizer = small_tokenizer(seed=seed, decoder={"drop_mode": mode, "depth": 2}).eval()
+        results.append(tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in SPACES])
+def test_spaces_come_back(name: str) -> None:
+    space = SPACES.get(name)()
+    values = space.encode(IMAGES)
+    assert values.shape == (5, space.channels, 16 // space.downsampling, 16 // space.downsampling)
+    torch.testing.assert_close(space.decode(values), IMAGES, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_latents_causal_tokens_ignore_later_queries() -> None:
+    tokenizer = small_tokenizer(encoder={"attention": "latents_causal", "depth": 2}).eval()
+    before = tokenizer.encode(IMAGES).latents
+    tokenizer.encoder.latent_tokens[3] = torch.randn(32)  # a constant would vanish in the layer norm
+    after = tokenizer.encode(IMAGES).latents
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 4], after[:, 4], atol=1e-3)
