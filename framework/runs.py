@@ -58,48 +58,65 @@ def experiment_from(config: Config, device: str = "cpu") -> Experiment:
 
     On the ``meta`` device nothing is allocated and no weights are read: enough to count and to catch shapes.
     """
-    run = resolve(config, Experiment)["run"]
-    if run["threads"] is not None:
-        torch.set_num_threads(run["threads"])
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(run["seed"])
+    seed = resolve(config, Experiment)["run"]["seed"]
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.default_generator.manual_seed(seed)
         return build(config, Experiment, load_weights=_skip if device == "meta" else load_part)
 
 
 def dry_run(config: Config) -> str:
-    """The plan of a run, from parts built without memory for weights."""
-    return plan(experiment_from(config, device="meta"))
+    """The plan of a run, from parts built without memory for weights.
+
+    Raises:
+        ConfigError: if the configuration is wrong, or parts do not fit each other.
+        RunError: if the optimizers do not fit what is trained.
+    """
+    experiment = experiment_from(config, device="meta")
+    try:
+        return plan(experiment)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Outcome:
     """Train as the configuration says, from the start or from where the same run stopped, and evaluate the result.
 
     Args:
-        config: checked here before anything is written.
+        config: checked here, and its parts built, before anything is written.
         say: told where things are.
         fresh: move an older run of that directory aside instead of continuing it.
 
     Raises:
         ConfigError: if the configuration is wrong.
-        RunError: if the directory holds a run of another configuration.
+        RunError: if the directory holds a run of another configuration, or the optimizers do not fit what is trained.
     """
     text = dump_yaml(resolve(config, Experiment))
     folder = Path(config.tree["run"]["dir"])
+    if not fresh:
+        _refuse_another(folder, text)
+        if _is_finished(folder):
+            step = _checkpoint(folder).step
+            say(f"{folder} is finished: {step} steps. Train longer or anew in another run.dir, or with --fresh.")
+            _say_results(folder / "evaluation", say)
+            return Outcome("finished", step)
+    experiment = experiment_from(config)
+    _use_threads(experiment)
+    try:
+        trainer = experiment.trainer
+    except ValueError as error:
+        raise RunError(str(error)) from error
     if fresh and folder.exists():
         say(f"moved the older run to {_move_aside(folder)}")
-    _claim(folder, text)
-    if (folder / "evaluation" / "metrics.json").exists():
-        checkpoint = _checkpoint(folder)
-        say(f"{folder} is finished: {checkpoint.step} steps. Train longer or anew in another run.dir, or with --fresh.")
-        _say_results(folder / "evaluation", say)
-        return Outcome("finished", checkpoint.step)
-    _record_session(folder)
-    experiment = experiment_from(config)
-    outcome = experiment.trainer.fit()
+    write_text(folder / "config.yaml", text)
+    sessions = [*_sessions(folder), _session()]
+    _record(folder, sessions)
+    outcome = trainer.fit()
     if outcome.status == "stopped":
         say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
-        return outcome
-    _evaluate(experiment, folder, "validation", folder / "evaluation", say)
+    else:
+        _evaluate(experiment, folder, "validation", folder / "evaluation", say)
+    sessions[-1] |= {"ended": _now(), "outcome": outcome.status, "step": outcome.step}
+    _record(folder, sessions)
     return outcome
 
 
@@ -122,6 +139,7 @@ def evaluate(
         limit: measure the first images only.
     """
     experiment = experiment_from(_config(folder))
+    _use_threads(experiment)
     out = out or folder / ("evaluation" if split == "validation" else f"evaluation_{split}")
     _evaluate(experiment, folder, split, out, say, lengths, limit)
     return out
@@ -158,17 +176,21 @@ def load_part(module: nn.Module, source: str, path: str) -> None:
         RunError: if the source is neither.
         CheckpointError: if names or shapes differ.
     """
-    file = Path(source)
-    if file.suffix == ".safetensors" and file.is_file():
-        load_weights(module, load_file(file), source)
+    if source.endswith(".safetensors"):
+        if not Path(source).is_file():
+            raise RunError(f"{path}: there is no file {source} to take weights from")
+        load_weights(module, load_file(source), source)
         return
-    donor = experiment_from(_config(file))
-    _restore(donor, file, None)
+    donor = experiment_from(_config(Path(source)))
+    _restore(donor, Path(source), None)
     try:
         part = donor.task.get_submodule(path)
     except AttributeError:
         raise RunError(f"{path}: the run {source} has no such part to take weights from") from None
-    load_weights(module, live_state(part), f"{source}, {path}")
+    # All of the donor's part, what is frozen there too; but what is frozen inside this one has its own source.
+    kept = module.state_dict().keys() - live_state(module).keys()
+    weights = {name: value for name, value in part.state_dict().items() if name not in kept}
+    load_weights(module, weights, f"{source}, {path}")
 
 
 def _skip(module: nn.Module, source: str, path: str) -> None:
@@ -223,13 +245,15 @@ def _say_results(folder: Path, say: Callable[[str], None]) -> None:
     say("results: " + " ".join(sorted(str(path) for path in folder.iterdir())))
 
 
-def _claim(folder: Path, text: str) -> None:
-    """Make the directory this configuration's, or find that it is already."""
+def _use_threads(experiment: Experiment) -> None:
+    if experiment.run.threads is not None:
+        torch.set_num_threads(experiment.run.threads)
+
+
+def _refuse_another(folder: Path, text: str) -> None:
+    """Raise if the directory holds a run of another configuration than ``text``."""
     file = folder / "config.yaml"
-    if not file.exists():
-        write_text(file, text)
-        return
-    old = file.read_text()
+    old = file.read_text() if file.exists() else text
     if old != text:
         changes = difflib.unified_diff(
             old.splitlines(), text.splitlines(), f"{file} (what runs there)", "this configuration", lineterm="", n=0
@@ -246,23 +270,38 @@ def _move_aside(folder: Path) -> Path:
     return target
 
 
-def _record_session(folder: Path) -> None:
-    """Add this start of the run to ``run.json``."""
+def _is_finished(folder: Path) -> bool:
+    """Whether training came to its end and its evaluation, after which nothing is left to do."""
+    sessions = _sessions(folder)
+    return bool(sessions) and sessions[-1].get("outcome") == "finished" and (folder / "evaluation/table.md").exists()
+
+
+def _sessions(folder: Path) -> list[dict[str, object]]:
+    """The starts of the run that ``run.json`` tells of."""
     file = folder / "run.json"
-    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    return json.loads(file.read_text())["sessions"] if file.exists() else []
+
+
+def _record(folder: Path, sessions: list[dict[str, object]]) -> None:
+    write_text(folder / "run.json", json.dumps({"sessions": sessions}, indent=1) + "\n")
+
+
+def _session() -> dict[str, object]:
+    """What is worth knowing about this start of the run."""
     names = ("torch", "torchvision", "numpy", "einops", "fvcore")
-    sessions.append(
-        {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in names},
-            "git": _git_commit(),
-            "host": platform.node(),
-            "threads": torch.get_num_threads(),
-        }
-    )
-    write_text(file, json.dumps({"sessions": sessions}, indent=1) + "\n")
+    return {
+        "started": _now(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "git": _git_commit(),
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _git_commit() -> str | None:

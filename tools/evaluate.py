@@ -32,7 +32,7 @@ def main() -> int:
         runs.evaluate(
             arguments.run, print, arguments.split, arguments.out, lengths=arguments.lengths, limit=arguments.limit
         )
-    except (ConfigError, runs.RunError, CheckpointError, ValueError) as error:
+    except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

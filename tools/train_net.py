@@ -24,7 +24,7 @@ def main() -> int:
     only.add_argument("--check", action="store_true", help="only check the configuration, and list all that is wrong")
     only.add_argument("--dry-run", action="store_true", help="only build, and print parameters, operations and steps")
     only.add_argument("--fresh", action="store_true", help="move an older run aside, and start anew")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # changes may stand before and after --check
 
     from framework import runs
     from framework.config import ConfigError, check, load_config
@@ -42,7 +42,7 @@ def main() -> int:
         else:
             outcome = runs.train(config, print, fresh=arguments.fresh)
             return 0 if outcome.status == "finished" else 130
-    except (ConfigError, runs.RunError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, runs.RunError, CheckpointError, NonFiniteError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -57,14 +57,16 @@ class Photos(ImageData):
 
     Crop i belongs to photograph i modulo their number. Photographs get equal shares because by area the largest
     (retina, mostly smooth) would be more than a third of the data; and every prefix is as mixed as the whole.
-    Where a crop lies depends on (split, i, min_crop) alone, never on ``seed``: all runs train on and are evaluated
-    on equal crops, and asking for more extends the list. The seed drives augmentation, which only training has.
+    Where a crop lies depends on (split, i, min_crop, max_crop) alone, never on ``seed``: all runs train on and are
+    evaluated on equal crops, and asking for more extends the list. The seed drives augmentation, which only training
+    has.
 
     Args:
         split: which photographs; none is in two splits.
         num_crops: how many crops.
-        min_crop: smallest side of a crop in pixels of the photograph, the largest being its shorter side;
-            ``None`` for ``image_size``. Smaller than ``image_size`` enlarges.
+        min_crop: smallest side of a crop in pixels of the photograph; ``None`` for ``image_size``. Smaller than
+            ``image_size`` enlarges.
+        max_crop: largest side of a crop as a share of the photograph's shorter side.
         flip: probability of a horizontal flip.
         permute_channels: probability of a random order of the colour channels (each of the six alike).
         image_size: side in pixels after resizing, given by ``Data``.
@@ -81,6 +83,7 @@ class Photos(ImageData):
         split: Literal["train", "validation", "test"],
         num_crops: int = 24_000,
         min_crop: int | None = None,
+        max_crop: float = 0.5,
         flip: float = 0.5,
         permute_channels: float = 0.5,
         *,
@@ -90,8 +93,13 @@ class Photos(ImageData):
     ) -> None:
         if num_crops < 1:
             raise ValueError(f"Photos: num_crops must be at least 1, got {num_crops}")
+        if not 0 < max_crop <= 1:
+            raise ValueError(
+                f"Photos: max_crop is a share of the shorter side, above 0 and at most 1; got {max_crop:g}"
+            )
         self.split = split
         self.min_crop = image_size if min_crop is None else min_crop
+        self.max_crop = max_crop
         self.flip = flip
         self.permute_channels = permute_channels
         self.image_size = image_size
@@ -105,11 +113,12 @@ class Photos(ImageData):
         scenes = list(SPLITS[self.split])
         photographs = {file: _open_photograph(file) for files in SPLITS[self.split].values() for file in files}
         for file, photograph in photographs.items():
-            if min(photograph.size) < self.min_crop:
+            if self._largest(photograph) < self.min_crop:
                 width, height = photograph.size
                 raise ValueError(
-                    f"Photos: crops of at least {self.min_crop} pixels do not fit {file} ({width}x{height}); "
-                    f"set min_crop to at most {min(photograph.size)}"
+                    f"Photos: crops of at least {self.min_crop} pixels do not fit {file} ({width}x{height}) with "
+                    f"max_crop {self.max_crop:g}; "
+                    f"set min_crop to at most {self._largest(photograph)}, or max_crop higher"
                 )
         scale, across, down = (
             uniforms(BOX_SEED, f"{self.split} {purpose}", 0, range(num_crops)) for purpose in ("scale", "x", "y")
@@ -120,7 +129,7 @@ class Photos(ImageData):
             files = SPLITS[self.split][scenes[scene]]
             file = files[turn % len(files)]
             photograph = photographs[file]
-            size = round(self.min_crop * (min(photograph.size) / self.min_crop) ** scale[i])
+            size = round(self.min_crop * (self._largest(photograph) / self.min_crop) ** scale[i])
             x = int(across[i] * (photograph.width - size + 1))
             y = int(down[i] * (photograph.height - size + 1))
             crop = photograph.resize(
@@ -133,6 +142,9 @@ class Photos(ImageData):
             self.keys.append(f"{Path(file).stem}@{x},{y},{size}")
             self.groups.append(scenes[scene])
         return torch.from_numpy(np.ascontiguousarray(rearrange(crops, "n h w c -> n c h w")))
+
+    def _largest(self, photograph: Image.Image) -> int:
+        return int(self.max_crop * min(photograph.size))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -160,7 +172,7 @@ class Photos(ImageData):
             "split": self.split,
             "photographs": list(SPLITS[self.split]),
             "count": len(self),
-            "crop": f"random fixed square, side log-uniform from {self.min_crop} to the photograph's shorter side",
+            "crop": f"random fixed square, side log-uniform from {self.min_crop} to {self.max_crop:g} x shorter side",
             "resize": f"to {self.image_size} by Pillow bicubic, antialiased, reducing_gap 2",
             "augmentation": (
                 f"flip {self.flip:g}, channel permutation {self.permute_channels:g}" if self.training else "none"

@@ -91,11 +91,21 @@ class Stream(Iterator[Batch]):
         return iter(loader)
 
 
+def subset(num_images: int, limit: int | None) -> list[int]:
+    """Which images an evaluation of at most ``limit`` reads, in order: always the same random ones.
+
+    The first images of a folder may all be of one class, and evenly spaced ones may all be of one photograph.
+    """
+    if limit is None or limit >= num_images:
+        return list(range(num_images))
+    return sorted(np.argsort(uniforms(0, "subset", 0, range(num_images)), kind="stable")[:limit].tolist())
+
+
 def sequential(data: ImageData, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The first ``limit`` images (``None`` for all) once, in order, for evaluation; the last batch may be smaller."""
-    count = len(data) if limit is None else min(limit, len(data))
-    for start in range(0, count, batch_size):
-        yield data.fetch(range(start, min(start + batch_size, count)), epoch=0)
+    """The images of ``subset`` once, in order, for evaluation; the last batch may be smaller."""
+    indices = subset(len(data), limit)
+    for start in range(0, len(indices), batch_size):
+        yield data.fetch(indices[start : start + batch_size], epoch=0)
 
 
 def _plan(

@@ -55,7 +55,8 @@ def _attention_operations(inputs: list[Any], outputs: list[Any]) -> int:
 def count_operations(tokenizer: Tokenizer) -> dict[str, int]:
     """Multiply-adds of one image at full length, per part of the tokenizer and in ``total`` (fvcore's count).
 
-    The tokenizer may live on the meta device. Additions, activations and softmax are not counted, as is usual.
+    The tokenizer may live on the meta device. As is usual in such counts, layer norms are 5 a value (4 without learned
+    scales), and additions, activations and softmax nothing.
     """
     with warnings.catch_warnings():  # fvcore uses torch.jit, whose every use torch now warns of
         warnings.simplefilter("ignore")

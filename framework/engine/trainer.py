@@ -251,7 +251,7 @@ def make_turns(task: Task, options: Training) -> list[TurnTraining]:
     """The task's turns, each with its parameters, optimizer and schedule.
 
     Raises:
-        ValueError: if turns do not share out the trainable parameters, or an optimizer's turn or parameters do not exist.
+        ValueError: if turns do not share out the trainable parameters, or an optimizer has no turn or parameters.
     """
     names = [turn.name for turn in task.turns]
     unknown = sorted(set(options.turn_optimizers) - set(names))

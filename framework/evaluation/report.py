@@ -5,13 +5,13 @@ Shapes: images (3, h, w) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from framework.data.interface import ImageData
+from framework.data.stream import sequential, subset
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
 from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
 from framework.evaluation.plots import plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
@@ -26,7 +26,7 @@ from framework.evaluation.rate_distortion import (
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
 
-PCA_IMAGES = 8192
+PCA_IMAGES = 24_000
 
 
 def evaluate_tokenizer(
@@ -71,7 +71,8 @@ def evaluate_tokenizer(
     write_text(folder / "table.md", _table(curve, baseline, note))
     plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png")
 
-    images = data.fetch(spread_images(curve), epoch=0).images
+    measured = subset(len(data), limit)
+    images = data.fetch([measured[row] for row in spread_images(curve)], epoch=0).images
     rebuilt = reconstructions(tokenizer, images.to(next(tokenizer.parameters()).device), curve.lengths)
     by_length = {length: images.float().cpu() for length, images in zip(curve.lengths, rebuilt, strict=True)}
     plot_reconstructions(images, by_length, folder / "reconstructions.png")
@@ -95,7 +96,8 @@ def _principal_components(
     """The baseline at the curve's lengths and on its images; ``None`` where it cannot be fitted."""
     if train_data is None or _num_values(data) > MAX_VALUES:
         return None
-    components = PrincipalComponents.fit(_spaced_images(train_data, PCA_IMAGES))
+    batches = sequential(train_data, 256, PCA_IMAGES)
+    components = PrincipalComponents.fit(batch.images for batch in batches)
 
     def errors(images: Tensor, lengths: Sequence[int]) -> Tensor:
         return components.errors(images, [length * token_dim for length in lengths])
@@ -106,14 +108,6 @@ def _principal_components(
         "fitted_images": components.num_images,
     }
     return measure("PCA baseline", errors, data, curve.lengths, limit, record=record, progress=progress)
-
-
-def _spaced_images(data: ImageData, count: int) -> Iterator[Tensor]:
-    """At most ``count`` images in batches, evenly spaced: the first images of a folder may all be of one class."""
-    count = min(count, len(data))
-    indices = torch.arange(count) * len(data) // count
-    for batch in indices.split(256):
-        yield data.fetch(batch.tolist(), epoch=0).images
 
 
 def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ def test_a_root_without_images_counts_what_it_found(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"ImageFolder: no images in {tmp_path}: 2 files in 1 subfolders, none ends in .jpg, .jpeg, .png, .webp"
     )
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out_in_silence(
+    make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_images("cat/a.png", "dog/b.png")
+    scandir = os.scandir
+
+    def refuse_dogs(path: str) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_dogs)
+    with pytest.raises(PermissionError, match="Permission denied: '.*dog'"):
+        folder(root)
 
 
 def test_a_broken_file_is_named(make_images: MakeImages) -> None:

@@ -69,9 +69,16 @@ def test_crops_ignore_the_seed_and_more_crops_extend_the_list() -> None:
 
 
 def test_sides_are_log_uniform_down_to_min_crop() -> None:
-    sides = [int(key.split(",")[2]) for key in crops(num_crops=600, min_crop=30, image_size=4).keys]
+    sides = [int(key.split(",")[2]) for key in crops(num_crops=600, min_crop=30, max_crop=1.0, image_size=4).keys]
     assert 30 <= min(sides) < 33 and max(sides) > 380
     assert 85 < sorted(sides)[300] < 125  # the geometric mean of 30 and about 350; the arithmetic one is 190
+
+
+def test_max_crop_is_a_share_of_the_shorter_side() -> None:
+    sides = [int(key.split(",")[2]) for key in crops(num_crops=600, min_crop=30, max_crop=0.25, image_size=4).keys]
+    assert min(sides) < 32 and 100 < max(sides) <= 427 // 4
+    with pytest.raises(ValueError, match="max_crop is a share of the shorter side, above 0 and at most 1; got 2"):
+        crops(max_crop=2.0)
 
 
 def test_evaluation_is_the_same_in_every_epoch() -> None:
@@ -138,8 +145,8 @@ def test_crops_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError) as caught:
         crops(image_size=512)
     assert str(caught.value) == (
-        "Photos: crops of at least 512 pixels do not fit skimage/data/chelsea.png (451x300); "
-        "set min_crop to at most 300"
+        "Photos: crops of at least 512 pixels do not fit skimage/data/chelsea.png (451x300) with max_crop 0.5; "
+        "set min_crop to at most 150, or max_crop higher"
     )
     with pytest.raises(ValueError, match="num_crops must be at least 1, got 0"):
         crops(num_crops=0)

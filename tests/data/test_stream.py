@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -12,7 +13,7 @@ from torch import Tensor
 from framework.data.folder import ImageFolder
 from framework.data.interface import Batch, ImageData
 from framework.data.photos import Photos
-from framework.data.stream import Stream, sequential
+from framework.data.stream import Stream, sequential, subset
 from framework.data.transforms import ImageError
 
 from .conftest import MakeImages
@@ -131,8 +132,9 @@ def test_an_error_in_a_worker_keeps_its_kind_and_words(make_images: MakeImages) 
     root = make_images("a.png")
     (root / "a.png").write_text("no image")
     data = ImageFolder(str(root), image_size=8, training=True, seed=0)
-    with pytest.raises(ImageError, match=r"a\.png: cannot be read as an image"):
+    with pytest.raises(ImageError, match=r"a\.png: cannot be read as an image") as caught:
         next(Stream(data, 2, seed=0, num_workers=1))
+    traceback.clear_frames(caught.tb)  # or the traceback keeps the worker until a later test
 
 
 def test_another_size_of_data_is_refused_on_resume() -> None:
@@ -151,7 +153,17 @@ def test_empty_data_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(None, [4, 4, 2]), (6, [4, 2]), (99, [4, 4, 2])])
-def test_sequential_is_the_first_images_in_order(limit: int | None, sizes: list[int]) -> None:
+def test_sequential_is_a_subset_in_order(limit: int | None, sizes: list[int]) -> None:
     batches = list(sequential(Numbered(10), 4, limit))
     assert [len(batch.images) for batch in batches] == sizes
-    assert [int(key) for batch in batches for key in batch.keys] == list(range(sum(sizes)))
+    assert [int(key) for batch in batches for key in batch.keys] == subset(10, limit)
+
+
+def test_a_subset_is_spread_over_everything_and_always_the_same() -> None:
+    assert subset(10, None) == subset(10, 10) == list(range(10))
+    chosen = subset(10_000, 1_000)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 1_000 and chosen == subset(10_000, 1_000)
+    assert set(subset(10_000, 100)) < set(chosen)
+    for part in range(3):  # of every class of a sorted folder, of every photograph of interleaved crops
+        assert 250 < sum(index // 3_334 == part for index in chosen) < 420
+        assert 250 < sum(index % 3 == part for index in chosen) < 420

@@ -9,6 +9,7 @@ from torch import nn
 
 from framework.nn.positions import rotate, sincos_2d
 from framework.nn.transformer import BlockOptions, Linear, SelfAttention, Transformer
+from tests.stir import stirred
 
 SWITCHES = [
     BlockOptions(norm=norm, mlp=mlp, bias=bias)
@@ -19,21 +20,26 @@ SWITCHES = [
 @pytest.mark.parametrize("options", SWITCHES, ids=lambda options: "-".join(map(str, vars(options).values())))
 def test_every_switch_trains_and_changes_the_function(options: BlockOptions) -> None:
     torch.manual_seed(0)
-    model = Transformer(16, 2, 2, options)
+    model = stirred(Transformer(16, 2, 2, options))
     x = torch.randn(2, 5, 16)
     y = model(x)
     assert y.shape == x.shape
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     torch.manual_seed(0)
-    plain = Transformer(16, 2, 2, BlockOptions(norm="layer", mlp="gelu", mlp_ratio=4.0, bias=options.bias))
+    plain = stirred(Transformer(16, 2, 2, BlockOptions(norm="layer", mlp="gelu", mlp_ratio=4.0, bias=options.bias)))
     is_plain = (options.norm, options.mlp, options.mlp_ratio) == ("layer", "gelu", 4.0)
     is_plain = is_plain and not options.qk_norm and options.rope_base is None
-    # Affine norms start as the identity, so a norm without them differs in its parameters only.
     names = [name for name, _ in model.named_parameters()]
     differs = names != [n for n, _ in plain.named_parameters()] or not torch.allclose(plain(x), y, atol=1e-4)
     assert differs != is_plain
     assert any("bias" in name and "norm" not in name for name in names) == options.bias
+
+
+def test_a_stack_starts_as_its_last_norm() -> None:
+    x = torch.randn(2, 5, 16)
+    model = Transformer(16, 3, 2, BlockOptions())
+    assert torch.equal(model(x), model.norm(x))
 
 
 def test_swiglu_has_the_parameters_of_the_plain_mlp() -> None:
@@ -77,7 +83,7 @@ class OneHotAdapter(nn.Module):
 
 
 def test_a_route_reaches_the_adapters_of_each_sample() -> None:
-    model = Transformer(8, 2, 2, BlockOptions())
+    model = stirred(Transformer(8, 2, 2, BlockOptions()))
     x = torch.randn(3, 4, 8)
     route = torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="needs adapters"):

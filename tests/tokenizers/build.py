@@ -15,6 +15,7 @@ from framework.tokenizers.masking import NestedTailMasking
 from framework.tokenizers.quantizers.identity import Identity
 from framework.tokenizers.spaces import PixelSpace
 from framework.tokenizers.tokenizer import Tokenizer
+from tests.stir import stirred
 
 
 def small_tokenizer(
@@ -29,7 +30,7 @@ def small_tokenizer(
     """A tokenizer of 16x16 images, patches of 4, 32 channels, tokens of 5 floats."""
     torch.manual_seed(seed)
     size = {"width": 32, "depth": 1, "num_heads": 2}
-    return Tokenizer(
+    tokenizer = Tokenizer(
         PixelSpace(),
         partial(SuffixTokenViT, num_tokens=num_tokens, **({"patch_size": 4} | size | (encoder or {}))),
         quantizer or Identity(5),
@@ -37,3 +38,4 @@ def small_tokenizer(
         partial(MaskTokenViT, **({"head": PixelShuffleHead} | size | (decoder or {}))),
         image_size=16,
     )
+    return stirred(tokenizer)
