@@ -29,6 +29,7 @@ from framework.engine.frozen import frozen_digests, live_state
 from framework.engine.plan import plan
 from framework.engine.trainer import Outcome
 from framework.runtime.files import write_text
+from framework.runtime.progress import Stages
 
 Weights = Literal["ema", "model"]
 Split = Literal["train", "validation", "test"]
@@ -136,7 +137,7 @@ def evaluate(
         split: which images.
         out: where results go; ``evaluation`` of the run, with the split's name behind it unless it is validation.
         lengths: kept tokens to measure; a spread of them unless given.
-        limit: measure the first images only.
+        limit: measure a fixed random subset of so many images.
     """
     experiment = experiment_from(_config(folder))
     _use_threads(experiment)
@@ -235,8 +236,8 @@ def _evaluate(
     record = _restore(experiment, folder, None)
     data = experiment.data
     experiment.task.to(experiment.run.torch_device()).eval()
-    with torch.no_grad():
-        experiment.task.report(getattr(data, split), data.train, out, record, lengths, limit)
+    with torch.no_grad(), Stages() as progress:
+        experiment.task.report(getattr(data, split), data.train, out, record, lengths, limit, progress)
     _say_results(out, say)
 
 

@@ -20,6 +20,7 @@ from framework.engine.checkpoint import CheckpointError, latest_checkpoint
 from framework.engine.experiment import Experiment
 from framework.tasks.interface import Context, StepOutput
 from framework.tasks.train_tokenizer import TrainTokenizer
+from framework.tokenizers.tokenizer import Tokenizer
 from tests.tiny_run import files_of, tiny_config, train_tiny
 
 
@@ -27,6 +28,10 @@ def weights_of(run: Path, name: str) -> dict[str, Tensor]:
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
     return checkpoint.weights(name)
+
+
+def prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for key, value in module.state_dict().items()}
 
 
 def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -219,9 +224,10 @@ def test_a_wrong_configuration_leaves_the_directory_alone(tmp_path: Path, case: 
 def test_load_gives_averaged_weights_unless_asked_otherwise(tiny_run: Path) -> None:
     averaged, raw = framework.load(tiny_run), framework.load(str(tiny_run), weights="model")
     assert_equal(averaged.state_dict(), weights_of(tiny_run, "ema"))
-    assert_equal({f"tokenizer.{name}": value for name, value in raw.state_dict().items()}, weights_of(tiny_run, "model"))
-    assert not torch.equal(averaged.encoder.latent_tokens, raw.encoder.latent_tokens)
+    assert_equal(prefixed("tokenizer", raw), weights_of(tiny_run, "model"))
+    assert not torch.equal(averaged.state_dict()["encoder.latent_tokens"], raw.state_dict()["encoder.latent_tokens"])
     for tokenizer in (averaged, raw):
+        assert isinstance(tokenizer, Tokenizer)
         assert not any(module.training for module in tokenizer.modules())
         images = torch.rand(2, 3, 16, 16)
         with torch.no_grad():
@@ -232,8 +238,7 @@ def test_load_gives_averaged_weights_unless_asked_otherwise(tiny_run: Path) -> N
 def test_a_run_without_averages_gives_its_last_weights(tmp_path: Path, quick_report: None) -> None:
     train_tiny(tmp_path / "run", "train.ema_decay=null", "train.max_steps=2")
     loaded = framework.load(tmp_path / "run")
-    trained = weights_of(tmp_path / "run", "model")
-    assert_equal({f"tokenizer.{name}": value for name, value in loaded.state_dict().items()}, trained)
+    assert_equal(prefixed("tokenizer", loaded), weights_of(tmp_path / "run", "model"))
     with pytest.raises(CheckpointError, match="holds no weights named ema, only model"):
         framework.load(tmp_path / "run", weights="ema")
 
@@ -257,7 +262,7 @@ def test_initial_weights_hang_on_the_seed_alone() -> None:
     first = model_of().state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert_equal(first, model_of("train.max_steps=9", "train.optimizer.name=AdamW", "train.optimizer.lr=1").state_dict())
+    assert_equal(first, model_of("train.max_steps=9", "train.optimizer={name: AdamW, lr: 1}").state_dict())
     other = model_of("run.seed=1").state_dict()
     assert not torch.equal(first["encoder.latent_tokens"], other["encoder.latent_tokens"])
 
@@ -300,7 +305,7 @@ def test_weights_of_a_part_come_from_a_file(tmp_path: Path, tiny_run: Path) -> N
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny_run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"SuffixTokenViT; \d+ of another shape: .*\(16, 32\) instead of \(16, 64"):
+    with pytest.raises(CheckpointError, match=r"do not fit SuffixTokenViT; \d+ of another shape: .*\(16, 32\) in"):
         model_of(f"tokenizer.encoder.weights={tiny_run}", "tokenizer.encoder.width=64")
     with pytest.raises(CheckpointError, match="missing: transformer.blocks.1"):
         model_of(f"tokenizer.encoder.weights={tiny_run}", "tokenizer.encoder.depth=2")
@@ -323,8 +328,7 @@ def test_a_frozen_part_is_not_trained_and_not_stored_and_comes_back(
     manifest = json.loads((folder / "checkpoints/step_00000006/manifest.json").read_text())
     assert list(manifest["body"]["frozen"]) == ["tokenizer.encoder"]
 
-    for weights in ("ema", "model"):
-        loaded = framework.load(folder, weights=weights)  # type: ignore[arg-type]
+    for loaded in (framework.load(folder, weights="ema"), framework.load(folder, weights="model")):
         assert_equal(loaded.get_submodule("encoder").state_dict(), encoder_weights(tiny_run))
         assert not any(parameter.requires_grad for parameter in loaded.get_submodule("encoder").parameters())
     start = model_of(*frozen).state_dict()["decoder.mask_token"]
@@ -336,11 +340,7 @@ def test_a_frozen_part_is_not_trained_and_not_stored_and_comes_back(
     )
     assert_equal(model_of(f"tokenizer.weights={folder}").state_dict(), framework.load(folder).state_dict())
     both = model_of(f"tokenizer.weights={folder}", "tokenizer.encoder.frozen=true").state_dict()
-    assert_equal(both, framework.load(folder).state_dict() | _prefixed("encoder", model_of().get_submodule("encoder")))
-
-
-def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    assert_equal(both, framework.load(folder).state_dict() | prefixed("encoder", model_of().get_submodule("encoder")))
 
 
 def test_a_frozen_part_whose_source_changed_is_refused(tmp_path: Path, tiny_run: Path, quick_report: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 EXAMPLE = """\
 examples:
@@ -23,7 +24,7 @@ def count(text: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    form = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    form: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, rounds, text in (

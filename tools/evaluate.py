@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run directory")
     parser.add_argument("--split", choices=("validation", "test", "train"), default="validation", help="which images")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="kept tokens to measure, increasing")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure the first N images only")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure N images only, always the same")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; evaluation/ of the run unless given")
     arguments = parser.parse_args()
 

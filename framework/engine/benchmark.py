@@ -228,8 +228,8 @@ def decoding_cases(tokenizer: Tokenizer, batch_size: int) -> dict[str, Tokens]:
     """Random tokens at the full, half and quarter length and at 1, and with lengths drawn uniformly."""
     generator, n = torch.Generator().manual_seed(0), tokenizer.num_tokens
     latents = torch.randn(batch_size, n, tokenizer.token_dim, generator=generator)
-    lengths = {f"{k} tokens": torch.full((batch_size,), k) for k in (n, max(n // 2, 1), max(n // 4, 1), 1)}
-    lengths[f"1 to {n}"] = torch.randint(1, n + 1, (batch_size,), generator=generator)
+    lengths = {f"length {k}": torch.full((batch_size,), k) for k in (n, max(n // 2, 1), max(n // 4, 1), 1)}
+    lengths[f"lengths 1-{n}"] = torch.randint(1, n + 1, (batch_size,), generator=generator)
     return {name: Tokens(latents, length) for name, length in lengths.items()}
 
 

@@ -177,7 +177,7 @@ def measure(
     record: Mapping[str, object] | None = None,
     progress: Progress | None = None,
 ) -> RateDistortion:
-    """Errors of a data set's images, or of its first ``limit``, at each length.
+    """Errors of a data set's images, or of a fixed random subset of ``limit``, at each length.
 
     Args:
         name: what is measured, for messages and progress.
@@ -209,6 +209,7 @@ def measure(
     protocol = {
         "data": data.protocol(),
         "images": len(keys),
+        "of": len(data),
         "groups": len(set(groups)),
         "image_size": data.image_size,
         "value_range": [0, 1],

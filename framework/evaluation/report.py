@@ -51,7 +51,7 @@ def evaluate_tokenizer(
         record: which weights these are (run, step, averaged or not, seed); goes into the protocol.
         train_data: what principal components are fitted to; without it there is no baseline.
         lengths: kept tokens, increasing; ``default_lengths`` if not given.
-        limit: measure the first images only.
+        limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
 
     Returns:

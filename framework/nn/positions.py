@@ -10,14 +10,18 @@ from einops import rearrange
 from torch import Tensor
 
 
-def sincos_1d(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sines, then cosines, of positions ``(n,)`` at geometric frequencies: ``(n, width)`` (Vaswani et al. 2017)."""
+def sincos_1d(positions: Tensor, width: int, max_period: float = 100.0) -> Tensor:
+    """Sines, then cosines, of positions ``(n,)`` at geometric frequencies: ``(n, width)``, of unit mean square.
+
+    After Vaswani et al. 2017, with a shorter longest period: an image has tens of positions a side, and with text's
+    10,000 most channels would hardly change from one to the next.
+    """
     frequencies = max_period ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float() * 2**0.5
 
 
-def sincos_2d(grid: tuple[int, int], width: int, max_period: float = 10_000.0) -> Tensor:
+def sincos_2d(grid: tuple[int, int], width: int, max_period: float = 100.0) -> Tensor:
     """A table for a grid in row-major order, half the channels for rows, half for columns: ``(rows * columns, width)``.
 
     Raises:

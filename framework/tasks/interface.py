@@ -90,6 +90,7 @@ class Task(nn.Module, ABC):
         record: Mapping[str, object],
         lengths: Sequence[int] | None = None,
         limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, object]:
         """The evaluation that a finished run leaves in ``folder``: numbers, plots and pictures.
 
@@ -99,7 +100,8 @@ class Task(nn.Module, ABC):
             folder: where everything goes.
             record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
             lengths: kept tokens to measure; a spread of them unless given.
-            limit: measure the first images only.
+            limit: measure a fixed random subset of so many images.
+            progress: told the name of a stage, how much of it is done, and how much there is.
 
         Returns:
             The numbers.

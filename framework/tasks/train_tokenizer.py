@@ -5,7 +5,7 @@ Shapes: b batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class TrainTokenizer(Task):
         record: Mapping[str, object],
         lengths: Sequence[int] | None = None,
         limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, object]:
         """Rate-distortion numbers, plots and pictures on ``data``."""
-        return evaluate_tokenizer(self.tokenizer, data, folder, record, train_data, lengths, limit)
+        return evaluate_tokenizer(self.tokenizer, data, folder, record, train_data, lengths, limit, progress)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def by_hand(sequence: int, width: int, mlp: int = 4) -> int:
 def test_operations_are_those_counted_by_hand(device: str) -> None:
     # 16 patches of 4x4x3 values and 6 tokens of 5 floats, width 32.
     with torch.device(device):
-        counted = count_operations(small_tokenizer())
+        tokenizer = small_tokenizer()
+    counted = count_operations(tokenizer)
     encoder = 16 * 48 * 32 + by_hand(16 + 6, 32) + 6 * 32 * 5
     decoder = 6 * 5 * 32 + by_hand(16 + 6, 32) + 16 * 32 * 48
     quantizer = 4 * 6 * 5  # a norm without learned scales
@@ -54,13 +56,10 @@ def test_parameters_are_split_into_trainable_and_frozen() -> None:
 
 
 def rows(plan: str) -> dict[str, list[int]]:
-    """The tables' rows of a plan, by their first word."""
-    found = {}
-    for line in plan.splitlines():
-        name, *numbers = line.split()[:1] + [cell.replace(",", "") for cell in line.split()[1:]] or [""]
-        if line.startswith("  ") and all(number.isdigit() for number in numbers):
-            found.setdefault(name, [int(number) for number in numbers])
-    return found
+    """The numbers of the first table, by part."""
+    table = plan.partition("\n\n")[0]
+    found = re.findall(r"^  (\w+) +([\d,]+) +([\d,]+) +([\d,]+)$", table, re.MULTILINE)
+    return {part: [int(number.replace(",", "")) for number in numbers] for part, *numbers in found}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -82,7 +81,8 @@ def test_a_dry_run_tells_what_would_run(tmp_path: Path, frozen: bool) -> None:
 
 def test_a_dry_run_allocates_no_weights(tmp_path: Path) -> None:
     sizes = [f"tokenizer.{part}.{size}" for part in ("encoder", "decoder") for size in ("width=8192", "depth=48")]
-    config = tiny_config(tmp_path, *sizes, f"tokenizer.encoder.weights={tmp_path}/nothing", "tokenizer.encoder.frozen=true")
+    frozen = [f"tokenizer.encoder.weights={tmp_path}/nothing", "tokenizer.encoder.frozen=true"]
+    config = tiny_config(tmp_path, *sizes, *frozen)
     task = runs.experiment_from(config, device="meta").task
     state = [*task.parameters(), *task.buffers()]
     assert {tensor.device.type for tensor in state} == {"meta"}

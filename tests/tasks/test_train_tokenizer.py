@@ -8,6 +8,7 @@ from torch import Tensor
 
 from framework.data.interface import Batch
 from framework.engine.trainer import make_turns
+from framework.losses.interface import Loss
 from framework.losses.reconstruction import PixelLoss
 from framework.runtime.rng import Generators
 from framework.tasks.interface import Context, StepOutput
@@ -48,7 +49,7 @@ def output_of(task: TrainTokenizer, given: Context | None = None) -> StepOutput:
 
 
 def test_losses_are_those_named_and_the_quantizers() -> None:
-    losses = {"pixel": PixelLoss("l2"), "absolute": PixelLoss("l1", weight=0.5)}
+    losses: dict[str, Loss] = {"pixel": PixelLoss("l2"), "absolute": PixelLoss("l1", weight=0.5)}
     task = TrainTokenizer(losses, tokenizer=small_tokenizer(quantizer=Costly(), masking=FullLength()))
     output = output_of(task)
     images = a_batch().images

@@ -58,9 +58,9 @@ class MaskTokenViT(Decoder):
         self.positions = positions
         self.drop = DROP_MODES[drop_mode]
         self.token_embedding = nn.Linear(token_dim, width)
-        self.token_positions = nn.Parameter(torch.randn(num_tokens, width) * 0.5)
-        self.mask_token = nn.Parameter(torch.randn(width) * 0.5)
-        self.patch_positions = nn.Parameter(sincos_2d(positions, width) * 0.5)
+        self.token_positions = nn.Parameter(torch.randn(num_tokens, width))
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.patch_positions = nn.Parameter(sincos_2d(positions, width))
         self.transformer = Transformer(width, depth, num_heads, blocks)
         self.head = head(width=width, out_channels=out_channels, patch_size=patch_size)
         init_linear(self.token_embedding)

@@ -77,10 +77,10 @@ class SuffixTokenViT(Encoder):
         self.feature_dim = 3 * width
         num_patches = self.positions[0] * self.positions[1]
         self.patch_embedding = nn.Linear(in_channels * patch_size**2, width)
-        # Positions and queries start at half the scale of the embedded patches: at 0.02 the model stays for hundreds of
-        # steps at the mean colour, since it cannot tell its tokens apart.
-        self.patch_positions = nn.Parameter(sincos_2d(self.positions, width) * 0.5)
-        self.latent_tokens = nn.Parameter(torch.randn(num_tokens, width) * 0.5)
+        # Positions and queries start at unit scale: at 0.02 the model stays for hundreds of steps at the mean colour,
+        # since it cannot tell its tokens apart.
+        self.patch_positions = nn.Parameter(sincos_2d(self.positions, width))
+        self.latent_tokens = nn.Parameter(torch.randn(num_tokens, width))
         self.transformer = Transformer(width, depth, num_heads, blocks)
         self.to_latents = nn.Linear(width, out_dim)
         init_linear(self.patch_embedding)
