@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +46,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         record: Mapping[str, object],
         lengths: Sequence[int] | None = None,
         limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, object]:
         assert not task.training and not torch.is_grad_enabled()
         asked = {"weights": record, "lengths": lengths, "limit": limit, "split": data.protocol()["split"]}

@@ -6,17 +6,20 @@ import re
 import shlex
 import shutil
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import framework.evaluation.report
-from framework.data.photos import Photos
+import framework
+from framework.config import load_config, resolve
+from framework.engine.experiment import Experiment
 from framework.tokenizers.interface import QUANTIZERS
 from framework.tokenizers.tokenizer import Tokenizer
-from tests.tiny_run import ROOT, TINY, files_of, run_tool
+from tests.tiny_run import ROOT, TINY, run_tool
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -107,17 +110,24 @@ def test_a_trained_model_is_used(tiny_run: Path, elsewhere: Path) -> None:
     assert names["tokens"].lengths.tolist() == [4, 16]
 
 
-def test_training_without_yaml(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = python_block(holding="fit()").replace("24_000", "200")
-    code, replaced = re.subn(r"\bmax_steps=[\d_]+", "max_steps=2", code)
-    assert replaced
-    crops, *others = Photos.__init__.__defaults__ or ()
-    assert crops == 24_000
-    monkeypatch.setattr(Photos.__init__, "__defaults__", (200, *others))
-    monkeypatch.setattr(framework.evaluation.report, "MAX_VALUES", 0)  # no principal components, which take seconds
-    (elsewhere / "plain.py").write_text(code)
-    before = set(files_of(elsewhere))
-    exec(compile(code, "plain.py", "exec"), {"__name__": "__main__"})
-    left = {Path(name).name for name in set(files_of(elsewhere)) - before}
-    assert {"metrics.jsonl", "model.safetensors", "ema.safetensors"} <= left
-    assert list(elsewhere.rglob("step_00000002"))
+def test_training_without_yaml_is_the_same_to_the_last_bit(
+    elsewhere: Path, quick_report: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = python_block(holding="fit()")
+    config = "projects/adatok/ntm.yaml"
+    shipped = resolve(load_config(ROOT / config), Experiment)
+    changes = {}
+    for path, few in {"train.max_steps": 2, "data.train.num_crops": 200, "data.validation.num_crops": 40}.items():
+        *groups, name = path.split(".")
+        value: Any = reduce(getitem, [*groups, name], shipped)
+        code, replaced = re.subn(rf"\b{name}={value:_}|\b{name}={value}", f"{name}={few}", code, count=1)
+        assert replaced, f"the README's {name} is not the {value} of {config}"
+        changes[path] = few
+    exec(code, {"__name__": "__main__"})
+    (plain,) = {path.parents[2] for path in elsewhere.rglob("model.safetensors")}
+    overrides = [f"{path}={few}" for path, few in changes.items()]
+    command = ["--config", config, *overrides, "run.dir=from_yaml"]
+    assert run_tool(monkeypatch, "train_net", *command) == 0, capsys.readouterr().err
+    names = ["metrics.jsonl", *(f"checkpoints/step_00000002/{name}.safetensors" for name in ("model", "ema"))]
+    same = [(plain / name).read_bytes() == Path("from_yaml", name).read_bytes() for name in names]
+    assert same == [True, True, True]

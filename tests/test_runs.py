@@ -109,7 +109,7 @@ def test_config_yaml_is_whole_and_loads_as_itself(tiny_run: Path) -> None:
     config = load_config(tiny_run / "config.yaml")
     assert dump_yaml(resolve(config, Experiment)) == text
     tree = yaml.safe_load(text)
-    assert tree["train"]["keep_last"] == 2 and tree["tokenizer"]["encoder"]["attention"] == "full"  # defaults, written
+    assert tree["train"]["keep_last"] == 2 and tree["tokenizer"]["masking"]["full_share"] == 0.0  # defaults, written
     assert tree["tokenizer"]["encoder"]["width"] == 32
 
 

@@ -17,18 +17,17 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
-from typing import Literal, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-import framework.nn.attention as nn_attention
 from framework.data.interface import Batch, ImageData
 from framework.engine.experiment import Experiment
 from framework.engine.frozen import train_mode
 from framework.engine.trainer import Trainer, Training
+from framework.nn.attention import FORMS, choose_attention, mask_to_bias
 from framework.runtime.records import JsonLines, LogFile, Records
 from framework.runtime.rng import Generators
 from framework.tasks.interface import Context, Task
@@ -255,16 +254,16 @@ def time_attention(shape: Shape, dtype: torch.dtype, backward: bool, rounds: int
     """Time both forms, ``ATTENTION_CALLS`` calls a round, at ``(b, h, n)`` with 64 channels a head and padded keys."""
     query, key, value = torch.randn(3, *shape, 64, device=device, dtype=dtype, requires_grad=backward)
     shortest = torch.linspace(shape[2] // 2, shape[2], shape[0], device=device)
-    bias = nn_attention.mask_to_bias(torch.arange(shape[2], device=device) < shortest[:, None])[:, None, None]
+    bias = mask_to_bias(torch.arange(shape[2], device=device) < shortest[:, None])[:, None, None]
 
-    def run(form: Literal["explicit", "fused"]) -> None:
-        with patch.object(nn_attention, "choose_attention", lambda *_: form), torch.set_grad_enabled(backward):
+    def run(form: str) -> None:
+        with torch.set_grad_enabled(backward):
             for _ in range(ATTENTION_CALLS):
-                mixed = nn_attention.attention(query, key, value, bias)
+                mixed = FORMS[form](query, key, value, bias)
                 if backward:
                     torch.autograd.grad(mixed, (query, key, value), mixed.detach())
 
-    return take_turns({"explicit": partial(run, "explicit"), "fused": partial(run, "fused")}, rounds, device)
+    return take_turns({form: partial(run, form) for form in FORMS}, rounds, device)
 
 
 def attention_table(rounds: int, device: torch.device, shapes: Sequence[Shape] = ATTENTION_SHAPES) -> Iterator[str]:
@@ -277,5 +276,5 @@ def attention_table(rounds: int, device: torch.device, shapes: Sequence[Shape] =
                 times = time_attention(shape, dtype, backward, rounds, device)
                 explicit, fused = (1e3 * times.seconds(form).wall / ATTENTION_CALLS for form in times.rounds)
                 size, kind = " x ".join(map(str, shape)), str(dtype).removeprefix("torch.")
-                chosen = nn_attention.choose_attention(device, dtype, shape[2], backward)
+                chosen = choose_attention(device, dtype, shape[2], backward)
                 yield f"{size:24}{kind:10}{'yes' if backward else 'no':10}{explicit:10.2f}{fused:10.2f}  {chosen}"

@@ -44,6 +44,23 @@ def choose_attention(
     return "explicit" if num_keys <= _EXPLICIT_UP_TO.get(dtype, 0) else "fused"
 
 
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Matrix product, softmax, matrix product; shapes as in ``attention``."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return scores.softmax(dim=-1) @ value
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Torch's own kernel; shapes as in ``attention``."""
+    mask = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+FORMS = {"explicit": explicit_attention, "fused": fused_attention}
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention scaled by d^-0.5.
 
@@ -56,10 +73,4 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     """
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     form = choose_attention(query.device, query.dtype, key.shape[-2], needs_grad)
-    if form == "fused":
-        mask = None if bias is None else bias.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    return scores.softmax(dim=-1) @ value
+    return FORMS[form](query, key, value, bias)

@@ -86,7 +86,7 @@ def test_a_dry_run_allocates_no_weights(tmp_path: Path) -> None:
     task = runs.experiment_from(config, device="meta").task
     state = [*task.parameters(), *task.buffers()]
     assert {tensor.device.type for tensor in state} == {"meta"}
-    assert sum(tensor.numel() for tensor in state) > 7e10
+    assert sum(tensor.numel() for tensor in state) > 1e10
 
 
 def test_a_dry_run_finds_what_check_cannot(tmp_path: Path) -> None:
