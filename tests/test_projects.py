@@ -67,6 +67,9 @@ def test_the_imagenet_run_is_the_papers(tmp_path: Path, monkeypatch: pytest.Monk
     tree = resolve(prepared("projects/adatok/imagenet/ntm.yaml", tmp_path, monkeypatch), Experiment)
     assert tree["data"]["image_size"] == 256 and tree["tokenizer"]["encoder"]["num_tokens"] == 256
     assert tree["train"]["max_steps"] == 500_000 and tree["train"]["batch_size"] == 256
+    for part in ("encoder", "decoder"):  # TiTok's blocks, whatever the small run has
+        blocks = tree["tokenizer"][part]["blocks"]
+        assert (blocks["mlp"], blocks["mlp_ratio"]) == ("gelu", 4.0)
 
 
 def test_the_imagenet_run_asks_for_its_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from framework.evaluation.plots import plot_rate_distortion, plot_reconstruction
 from framework.evaluation.rate_distortion import (
     Progress,
     RateDistortion,
+    default_lengths,
     few_lengths,
     measure,
     rate_distortion,
@@ -81,6 +82,44 @@ def evaluate_tokenizer(
     return metrics
 
 
+def compare_tokenizers(
+    tokenizers: Mapping[str, Tokenizer],
+    data: ImageData,
+    folder: Path,
+    train_data: ImageData | None = None,
+    lengths: Sequence[int] | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Measure several tokenizers on the same images; leave one plot, ``comparison.png``, and ``comparison.md``.
+
+    Args:
+        tokenizers: by name, in eval mode; lengths and the PCA baseline follow the first.
+        data: images that were not trained on.
+        folder: created if needed.
+        train_data: what principal components are fitted to; without it there is no baseline.
+        lengths: kept tokens, increasing; ``default_lengths`` of the first tokenizer if not given.
+        limit: measure a fixed random subset of so many images.
+        progress: told how far the measuring is.
+
+    Raises:
+        ValueError: see ``measure`` and ``tokenizer_errors``.
+    """
+    first = next(iter(tokenizers.values()))
+    lengths = default_lengths(first.num_tokens) if lengths is None else lengths
+    curves = {
+        name: rate_distortion(tokenizer, data, lengths, limit, progress=progress)
+        for name, tokenizer in tokenizers.items()
+    }
+    baseline = _principal_components(next(iter(curves.values())), first.token_dim, data, train_data, limit, progress)
+    rows = [["MSE x 1000 at tokens", *map(str, lengths)], ["---"] + ["---:"] * len(lengths)]
+    for name, curve in (curves if baseline is None else curves | {"PCA, equal floats": baseline}).items():
+        rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
+    scope = f"{len(next(iter(curves.values())).keys)} images; pixels in [0, 1]; {data.protocol()}"
+    write_text(folder / "comparison.md", "\n".join([*map(_row, rows), "", scope]) + "\n")
+    plot_rate_distortion(curves, baseline, folder / "comparison.png")
+
+
 def _num_values(data: ImageData) -> int:
     return 3 * data.image_size**2
 
@@ -130,11 +169,15 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
                 pca,
             ]
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = map(_row, rows)
     scope = (
         f"{len(curve.keys)} images of {len(set(curve.groups))} groups; pixels in [0, 1]; definitions in metrics.json."
     )
     return "\n".join([*lines, "", f"{scope} {note}"]) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def spread_images(curve: RateDistortion, count: int = 6) -> list[int]:

@@ -13,8 +13,8 @@ from framework.evaluation import report
 from framework.evaluation.image_metrics import squared_error
 from framework.evaluation.pca import PrincipalComponents
 from framework.evaluation.plots import plot_rate_distortion, plot_tiled_photograph
-from framework.evaluation.rate_distortion import RateDistortion
-from framework.evaluation.report import evaluate_tokenizer, spread_images
+from framework.evaluation.rate_distortion import RateDistortion, rate_distortion
+from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer, spread_images
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.evaluation.fakes import FixedImages, basis_tokenizer, orthonormal
 
@@ -133,3 +133,14 @@ def test_a_second_curve_is_drawn(tmp_path: Path) -> None:
     orange = np.array([0xC4, 0x57, 0x2E])
     assert not (pixels(tmp_path / "one.png") == orange).all(-1).any()
     assert (pixels(tmp_path / "two.png") == orange).all(-1).sum() > 500
+
+
+def test_several_tokenizers_are_compared_on_the_same_images(tmp_path: Path) -> None:
+    tokenizers = {"good": tokenizer(), "same": tokenizer()}
+    compare_tokenizers(tokenizers, data(), tmp_path, data())
+    rows = [line.split(" | ") for line in (tmp_path / "comparison.md").read_text().splitlines()]
+    assert [row[0].strip("| ") for row in rows[:5]] == ["MSE x 1000 at tokens", "---", "good", "same", "PCA, equal floats"]
+    assert rows[2][1:] == rows[3][1:] and len(rows[2]) == len(rows[0])
+    expected = 1000 * rate_distortion(tokenizer(), data()).errors.mean(0)
+    assert [float(cell.strip(" |")) for cell in rows[2][1:]] == pytest.approx(expected.tolist(), rel=5e-3)
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
