@@ -28,8 +28,10 @@ from framework.engine.experiment import Experiment
 from framework.engine.frozen import frozen_digests, live_state
 from framework.engine.plan import plan
 from framework.engine.trainer import Outcome
+from framework.evaluation.report import compare_tokenizers
 from framework.runtime.files import write_text
 from framework.runtime.progress import Stages
+from framework.tokenizers.tokenizer import Tokenizer
 
 Weights = Literal["ema", "model"]
 Split = Literal["train", "validation", "test"]
@@ -135,15 +137,52 @@ def evaluate(
         folder: the run directory.
         say: told where things are.
         split: which images.
-        out: where results go; ``evaluation`` of the run, with the split's name behind it unless it is validation.
+        out: where results go; ``evaluation_SPLIT`` of the run unless given, beside its own ``evaluation``.
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
     """
     experiment = experiment_from(_config(folder))
     _use_threads(experiment)
-    out = out or folder / ("evaluation" if split == "validation" else f"evaluation_{split}")
+    out = out or folder / f"evaluation_{split}"
     _evaluate(experiment, folder, split, out, say, lengths, limit)
     return out
+
+
+def compare(
+    folders: Sequence[Path],
+    say: Callable[[str], None],
+    out: Path,
+    split: Split = "validation",
+    lengths: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> None:
+    """Measure several runs' tokenizers on the images of the first run; leave one table and one plot in ``out``.
+
+    Args:
+        folders: run directories.
+        say: told where things are.
+        out: where results go.
+        split: which images.
+        lengths: kept tokens to measure; a spread of them unless given.
+        limit: measure a fixed random subset of so many images.
+
+    Raises:
+        RunError: if a run has trained something else than a tokenizer.
+    """
+    experiments = {folder: experiment_from(_config(folder)) for folder in folders}
+    tokenizers = {}
+    for folder, experiment in experiments.items():
+        _restore(experiment, folder, None)
+        model = experiment.task.model.eval()
+        if not isinstance(model, Tokenizer):
+            raise RunError(f"{folder} has trained a {type(model).__name__}; only tokenizers are compared")
+        tokenizers[str(folder)] = model.to(experiment.run.torch_device())
+    first = experiments[folders[0]]
+    _use_threads(first)
+    with torch.no_grad(), Stages() as progress:
+        compare_tokenizers(tokenizers, getattr(first.data, split), out, first.data.train, lengths, limit, progress)
+    say((out / "comparison.md").read_text().strip())
+    say(f"results: {out / 'comparison.md'} {out / 'comparison.png'}")
 
 
 def load(path: str | Path, weights: Weights | None = None) -> nn.Module:

@@ -145,7 +145,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_run: Path, tmp_path: Path
 def test_evaluating_a_stopped_run_does_not_finish_it(tmp_path: Path, quick_report: None) -> None:
     stopped_run(tmp_path / "run")
     runs.evaluate(tmp_path / "run", lambda text: None)
-    assert (tmp_path / "run/evaluation/metrics.json").exists()
+    assert (tmp_path / "run/evaluation_validation/metrics.json").exists()
     outcome, said = train_tiny(tmp_path / "run")
     assert outcome == ("finished", 6) and "is finished" not in said
     assert json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["weights"]["step"] == 6
@@ -362,7 +362,7 @@ def test_a_part_frozen_at_its_initial_weights_comes_back(tmp_path: Path, quick_r
 # Evaluating and finding
 
 
-@pytest.mark.parametrize(("split", "place"), [("validation", "evaluation"), ("test", "evaluation_test")])
+@pytest.mark.parametrize(("split", "place"), [("validation", "evaluation_validation"), ("test", "evaluation_test")])
 def test_evaluate_asks_for_what_it_was_told(tmp_path: Path, quick_report: None, split: str, place: str) -> None:
     folder = tmp_path / "run"
     train_tiny(folder, "train.max_steps=2")

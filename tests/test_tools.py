@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,9 +151,10 @@ def test_evaluate_measures_what_it_is_told(
 
 def test_evaluate_without_options(tmp_path: Path, quick_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
     train_tiny(tmp_path / "run", "train.max_steps=2")
-    (tmp_path / "run/evaluation/metrics.json").unlink()
+    own = (tmp_path / "run/evaluation/metrics.json").read_bytes()
     assert run_tool(monkeypatch, "evaluate", "--run", tmp_path / "run") == 0
-    asked = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert (tmp_path / "run/evaluation/metrics.json").read_bytes() == own
+    asked = json.loads((tmp_path / "run/evaluation_validation/metrics.json").read_text())
     assert (asked["split"], asked["lengths"], asked["limit"]) == ("validation", None, None)
 
 
@@ -201,3 +203,18 @@ def test_info_lists_one_axis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "dim: int = 16" in out
     assert run_tool(monkeypatch, "info", "components", "quantiser") == 2
     assert "unknown axis 'quantiser': did you mean 'quantizer'?" in capsys.readouterr().err
+
+
+def test_several_runs_are_compared(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    out = tmp_path / "comparison"
+    arguments = ("--lengths", "1", "4", "--limit", "8")
+    assert run_tool(monkeypatch, "evaluate", "--run", tiny_run, copy, "--out", out, *arguments) == 0
+    rows = [line.split(" | ") for line in (out / "comparison.md").read_text().splitlines()]
+    assert rows[2][0] == f"| {tiny_run}" and rows[3][0] == f"| {copy}" and rows[2][1:] == rows[3][1:]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert str(out / "comparison.png") in capsys.readouterr().out
+    assert run_tool(monkeypatch, "evaluate", "--run", tiny_run, copy) == 2
+    assert "say where the results go: --out DIR" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Measure a trained run on held-out images, and leave numbers, plots and pictures."""
+"""Measure trained runs on held-out images, and leave numbers, plots and pictures; several runs are compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ EXAMPLE = """\
 examples:
   python tools/evaluate.py --run runs/adatok/ntm
   python tools/evaluate.py --run runs/adatok/ntm --split test --lengths 1 4 16
+  python tools/evaluate.py --run runs/adatok/ntm runs/adatok/full_length --out runs/comparison
 """
 
 
@@ -17,24 +18,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run directory")
+    parser.add_argument("--run", required=True, type=Path, nargs="+", metavar="DIR", help="run directories")
     parser.add_argument("--split", choices=("validation", "test", "train"), default="validation", help="which images")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="kept tokens to measure, increasing")
     parser.add_argument("--limit", type=int, metavar="N", help="measure N images only, always the same")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; evaluation/ of the run unless given")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for results; evaluation_SPLIT of the run unless given")
     arguments = parser.parse_args()
+    if len(arguments.run) > 1 and arguments.out is None:
+        parser.error("to compare several runs, say where the results go: --out DIR")
+    measured = {"split": arguments.split, "lengths": arguments.lengths, "limit": arguments.limit}
 
     from framework import runs
     from framework.config import ConfigError
     from framework.engine.checkpoint import CheckpointError
 
     try:
-        runs.evaluate(
-            arguments.run, print, arguments.split, arguments.out, lengths=arguments.lengths, limit=arguments.limit
-        )
+        if len(arguments.run) > 1:
+            runs.compare(arguments.run, print, arguments.out, **measured)
+        else:
+            runs.evaluate(arguments.run[0], print, out=arguments.out, **measured)
     except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -45,6 +45,9 @@ def main() -> int:
     except (ConfigError, runs.RunError, CheckpointError, NonFiniteError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays, and the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

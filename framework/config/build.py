@@ -117,7 +117,7 @@ class _Builder:
         made_arguments = {key: self.make(plan) for key, plan in part.arguments.items()}
         try:
             made = part.cls(**made_arguments, **given)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._refuse(part, f"refuses its arguments: {error}", error)
         if source := part.builder.get("weights"):
             self.load_weights(made, source, dotted(part.keys))

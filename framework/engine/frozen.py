@@ -14,7 +14,8 @@ from torch import Tensor, nn
 def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost frozen modules inside ``module``, by name."""
     found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
+    # With duplicates, since a part that stands at two places has its state under both names.
+    for name, child in module.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}." if outer else "") for outer in found)
         if getattr(child, "is_frozen", False) and not inside:
             found[name] = child

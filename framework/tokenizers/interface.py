@@ -110,6 +110,13 @@ class Quantizer(nn.Module, ABC):
 class MaskingSchedule(ABC):
     """How many tokens of each image survive a training step."""
 
+    def check(self, num_tokens: int) -> None:  # noqa: B027 - most schedules fit any number
+        """Told how many tokens the encoder makes, before training.
+
+        Raises:
+            ValueError: if the schedule does not fit that.
+        """
+
     @abstractmethod
     def lengths(
         self, batch_size: int, num_tokens: int, progress: float, generator: torch.Generator

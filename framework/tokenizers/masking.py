@@ -34,18 +34,18 @@ class NestedTailMasking(MaskingSchedule):
         self.max_tokens = max_tokens
         self.full_share = full_share
 
-    def lengths(self, batch_size: int, num_tokens: int, progress: float, generator: torch.Generator) -> Tensor:
-        """Lengths ``(b,)``.
-
-        Raises:
-            ValueError: if the range does not fit ``num_tokens``.
-        """
+    def check(self, num_tokens: int) -> None:
+        """Refuse a range that does not lie within 1 to ``num_tokens``, as a ValueError."""
         longest = num_tokens if self.max_tokens is None else self.max_tokens
         if not self.min_tokens <= longest <= num_tokens:
             raise ValueError(
                 f"the encoder makes {num_tokens} tokens, which does not hold the masking schedule's range "
                 f"{self.min_tokens} to {longest}: change masking.min_tokens, masking.max_tokens or encoder.num_tokens"
             )
+
+    def lengths(self, batch_size: int, num_tokens: int, progress: float, generator: torch.Generator) -> Tensor:
+        """Lengths ``(b,)``, independent of each other and of ``progress``."""
+        longest = num_tokens if self.max_tokens is None else self.max_tokens
         drawn = torch.randint(self.min_tokens, longest + 1, (batch_size,), generator=generator)
         full = torch.rand(batch_size, generator=generator) < self.full_share
         return drawn.masked_fill(full, longest)

@@ -38,7 +38,7 @@ class Tokenizer(nn.Module):
         image_size: side of the images in pixels.
 
     Raises:
-        ValueError: if spaces and patches do not fit the image.
+        ValueError: if spaces and patches do not fit the image, or the masking schedule not the encoder's tokens.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Tokenizer(nn.Module):
         self.encoder = encoder(in_channels=input_space.channels, grid_size=(grid, grid), out_dim=quantizer.dim)
         self.quantizer = quantizer
         self.masking = masking
+        masking.check(self.encoder.num_tokens)
         rows = self.encoder.positions[0]
         patch_size, rest = divmod(_grid_side(self.output_space, image_size), rows)
         if rest:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from framework.data.stream import subset
 from framework.engine.checkpoint import latest_checkpoint, load_weights
 from framework.engine.optimizers import AdamW
 from framework.engine.schedules import Constant
@@ -97,7 +98,7 @@ def test_validation_uses_averaged_weights_on_so_many_images(tmp_path: Path) -> N
     task = FakeTask().eval()
     load_weights(task.model, checkpoint.weights("ema"), checkpoint.folder)
     with torch.no_grad():
-        batch = run.validation_data.fetch(range(5), 0)
+        batch = run.validation_data.fetch(subset(len(run.validation_data), 5), 0)
         assert task.validate([batch])["mse"] == pytest.approx(validations[-1]["validation/mse"])
         load_weights(task, checkpoint.weights("model"), checkpoint.folder)
         assert task.validate([batch])["mse"] != pytest.approx(validations[-1]["validation/mse"])

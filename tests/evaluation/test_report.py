@@ -139,7 +139,8 @@ def test_several_tokenizers_are_compared_on_the_same_images(tmp_path: Path) -> N
     tokenizers = {"good": tokenizer(), "same": tokenizer()}
     compare_tokenizers(tokenizers, data(), tmp_path, data())
     rows = [line.split(" | ") for line in (tmp_path / "comparison.md").read_text().splitlines()]
-    assert [row[0].strip("| ") for row in rows[:5]] == ["MSE x 1000 at tokens", "---", "good", "same", "PCA, equal floats"]
+    names = [row[0].strip("| ") for row in rows[:5]]
+    assert names == ["MSE x 1000 at tokens", "---", "good", "same", "PCA, equal floats"]
     assert rows[2][1:] == rows[3][1:] and len(rows[2]) == len(rows[0])
     expected = 1000 * rate_distortion(tokenizer(), data()).errors.mean(0)
     assert [float(cell.strip(" |")) for cell in rows[2][1:]] == pytest.approx(expected.tolist(), rel=5e-3)

@@ -6,6 +6,7 @@ from scipy.stats import chisquare
 
 from framework.tokenizers.interface import MASKING
 from framework.tokenizers.masking import FullLength, NestedTailMasking
+from tests.tokenizers.build import small_tokenizer
 
 DRAWS, TOKENS = 8000, 8
 # The share of each length 1..8 that a schedule promises; every registered one must be listed.
@@ -66,4 +67,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
 
 def test_a_range_beyond_the_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="the encoder makes 8 tokens, which does not hold .* range 1 to 9"):
-        NestedTailMasking(max_tokens=9).lengths(2, 8, 0.0, torch.Generator())
+        NestedTailMasking(max_tokens=9).check(8)
+    with pytest.raises(ValueError, match="the encoder makes 6 tokens"):
+        small_tokenizer(masking=NestedTailMasking(min_tokens=7))
+    NestedTailMasking(max_tokens=8).check(8)
