@@ -17,23 +17,34 @@ class PixelShuffleHead(Head):
     """Each position's state becomes its patch by one linear layer, as in TiTok's single-stage decoder.
 
     Args:
+        refine_channels: with 0, the patches are the values. Otherwise each patch gets so many more channels, and two
+            3x3 convolutions over the whole grid make a correction of them, which softens the patches' borders.
         width: w of the decoder.
         out_channels: c of the output space.
         patch_size: side of a patch.
     """
 
-    def __init__(self, *, width: int, out_channels: int, patch_size: int) -> None:
+    def __init__(self, refine_channels: int = 0, *, width: int, out_channels: int, patch_size: int) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.patch_size = patch_size
-        self.to_patch = nn.Linear(width, out_channels * patch_size**2)
-        init_linear(self.to_patch)
+        channels = out_channels + refine_channels
+        self.to_patch = nn.Linear(width, channels * patch_size**2)
+        self.refine: nn.Sequential | None = None
+        if refine_channels:
+            correction = nn.Conv2d(refine_channels, out_channels, 3, padding=1)
+            self.refine = nn.Sequential(nn.Conv2d(channels, refine_channels, 3, padding=1), nn.GELU(), correction)
+        self.apply(init_linear)
+        if refine_channels:
+            nn.init.zeros_(correction.weight)
 
     def forward(self, states: Tensor, positions: tuple[int, int]) -> Tensor:
         """States ``(b, p, w)`` -> values ``(b, c, rows * patch, columns * patch)``."""
-        return rearrange(
+        values = rearrange(
             self.to_patch(states),
             "b (rows columns) (c p q) -> b c (rows p) (columns q)",
             rows=positions[0],
             p=self.patch_size,
             q=self.patch_size,
         )
+        return values if self.refine is None else values[:, : self.out_channels] + self.refine(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 # What each registered part needs beside its defaults to be built small; a newcomer without an entry takes its defaults.
 ENCODER_ARGUMENTS = {"SuffixTokenViT": [{}, {"attention": "latents_causal"}]}
+HEAD_ARGUMENTS = {"PixelShuffleHead": [{}, {"refine_channels": 4}]}
 DECODER_ARGUMENTS = {"MaskTokenViT": [{"drop_mode": mode} for mode in DROP_MODES]}
 
 
@@ -25,7 +28,8 @@ def variants() -> list[tuple[str, dict[str, dict[str, object]]]]:
         cases += [(f"{name}-{a}", {"encoder": a}) for a in ENCODER_ARGUMENTS.get(name, [{}])]
     for name, _ in DECODERS:
         cases += [(f"{name}-{a}", {"decoder": a}) for a in DECODER_ARGUMENTS.get(name, [{}])]
-    cases += [(name, {"decoder": {"head": head}}) for name, head in HEADS]
+    for name, head in HEADS:
+        cases += [(f"{name}-{a}", {"decoder": {"head": partial(head, **a)}}) for a in HEAD_ARGUMENTS.get(name, [{}])]
     return cases
 
 
