@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,9 @@ def _attention_operations(inputs: list[Any], outputs: list[Any]) -> int:
 def count_operations(tokenizer: Tokenizer) -> dict[str, int]:
     """Multiply-adds of one image at full length, per part of the tokenizer and in ``total`` (fvcore's count).
 
-    The tokenizer may live on the meta device. As is usual in such counts, layer norms are 5 a value (4 without learned
-    scales), and additions, activations and softmax nothing.
+    One on the meta device is counted on an uninitialised copy, since tracing a convolution wants real sizes. As is
+    usual in such counts, layer norms are 5 a value (4 without learned scales), and additions, activations and softmax
+    nothing.
     """
     with warnings.catch_warnings():  # fvcore uses torch.jit, whose every use torch now warns of
         warnings.simplefilter("ignore")
@@ -67,6 +69,9 @@ def _count_operations(tokenizer: Tokenizer) -> dict[str, int]:
     from fvcore.nn import FlopCountAnalysis
 
     device = next(tokenizer.parameters()).device
+    if device.type == "meta":
+        device = torch.device("cpu")
+        tokenizer = deepcopy(tokenizer).to_empty(device=device)
     images = torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device=device)
     analysis = FlopCountAnalysis(_FullPass(tokenizer).eval(), images)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_operations)

@@ -42,9 +42,10 @@ class PixelShuffleHead(Head):
         """States ``(b, p, w)`` -> values ``(b, c, rows * patch, columns * patch)``."""
         values = rearrange(
             self.to_patch(states),
-            "b (rows columns) (c p q) -> b c (rows p) (columns q)",
+            "b (rows columns) (p q c) -> b (rows p) (columns q) c",
             rows=positions[0],
             p=self.patch_size,
             q=self.patch_size,
         )
+        values = values.permute(0, 3, 1, 2)  # a view with channels last in memory, as convolutions like it
         return values if self.refine is None else values[:, : self.out_channels] + self.refine(values)
