@@ -190,7 +190,7 @@ class Reader:
             else:
                 part.arguments[key] = self._default(argument, cls, at, label)
         for key in [key for key in value if key not in known]:
-            near = did_you_mean(key, [*from_yaml, *(_BUILDER_KEYS if registry else ())]) or "."
+            near = did_you_mean(key, [*from_yaml, *(("name", *_BUILDER_KEYS) if registry else ())]) or "."
             valid = f"Valid for {cls.__name__}: {', '.join(from_yaml)}" if from_yaml else f"{cls.__name__} takes none"
             self._report((*keys, key), f"unknown key '{key}'{near} {valid}")
         return part
