@@ -15,9 +15,14 @@ import torch
 import framework.components  # noqa: F401 - law tests run over every registered component
 from framework.data.interface import ImageData
 from framework.tasks.train_tokenizer import TrainTokenizer
+from tests.test_layering import library_size
 from tests.tiny_run import train_tiny
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(library_size())
 
 
 @pytest.fixture(autouse=True)

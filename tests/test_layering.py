@@ -114,11 +114,13 @@ def code_lines(path: Path) -> int:
     return len(lines - strings)
 
 
-def test_size_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+def library_size() -> str:
     total = sum(code_lines(path) for path in (ROOT / "framework").rglob("*.py"))
-    with capsys.disabled():
-        print(f"\nthe library has {total:,} lines of code, of {MAX_CODE_LINES:,}")
-    assert total <= MAX_CODE_LINES
+    return f"the library has {total:,} lines of code, of {MAX_CODE_LINES:,} at most"
+
+
+def test_size_of_the_library() -> None:
+    assert int(library_size().split()[3].replace(",", "")) <= MAX_CODE_LINES
 
 
 def test_size_of_files() -> None:
