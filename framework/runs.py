@@ -31,6 +31,7 @@ from framework.engine.trainer import Outcome
 from framework.evaluation.report import compare_tokenizers
 from framework.runtime.files import write_text
 from framework.runtime.progress import Stages
+from framework.tasks.interface import Report
 from framework.tokenizers.tokenizer import Tokenizer
 
 Weights = Literal["ema", "model"]
@@ -276,7 +277,7 @@ def _evaluate(
     data = experiment.data
     experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
-        experiment.task.report(getattr(data, split), data.train, out, record, lengths, limit, progress)
+        experiment.task.report(Report(getattr(data, split), data.train, out, record, lengths, limit, progress))
     _say_results(out, say)
 
 

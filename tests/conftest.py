@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import framework.components  # noqa: F401 - law tests run over every registered component
-from framework.data.interface import ImageData
+from framework.tasks.interface import Report
 from framework.tasks.train_tokenizer import TrainTokenizer
 from tests.test_layering import library_size
 from tests.tiny_run import train_tiny
@@ -43,21 +42,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations leave what they were asked for, instead of measuring and plotting for seconds."""
 
-    def report(
-        task: TrainTokenizer,
-        data: ImageData,
-        train_data: ImageData,
-        folder: Path,
-        record: Mapping[str, object],
-        lengths: Sequence[int] | None = None,
-        limit: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, object]:
+    def report(task: TrainTokenizer, wanted: Report) -> None:
         assert not task.training and not torch.is_grad_enabled()
-        asked = {"weights": record, "lengths": lengths, "limit": limit, "split": data.protocol()["split"]}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(asked))
-        (folder / "table.md").write_text("| a table |\n")
-        return asked
+        asked = {
+            "weights": wanted.record,
+            "lengths": wanted.lengths,
+            "limit": wanted.limit,
+            "split": wanted.data.protocol()["split"],
+        }
+        wanted.folder.mkdir(parents=True, exist_ok=True)
+        (wanted.folder / "metrics.json").write_text(json.dumps(asked))
+        (wanted.folder / "table.md").write_text("| a table |\n")
 
     monkeypatch.setattr(TrainTokenizer, "report", report)

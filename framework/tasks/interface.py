@@ -59,6 +59,29 @@ class StepOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Report:
+    """An evaluation that is asked of a task.
+
+    Args:
+        data: held-out images.
+        train_data: for baselines that must be fitted.
+        folder: where everything goes.
+        record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
+        lengths: kept tokens to measure; a spread of them unless given.
+        limit: measure a fixed random subset of so many images.
+        progress: told the name of a stage, how much of it is done, and how much there is.
+    """
+
+    data: ImageData
+    train_data: ImageData
+    folder: Path
+    record: Mapping[str, object]
+    lengths: Sequence[int] | None = None
+    limit: int | None = None
+    progress: Callable[[str, int, int], None] | None = None
+
+
 class Task(nn.Module, ABC):
     """Models and losses, and what one turn of one step computes with them.
 
@@ -82,30 +105,8 @@ class Task(nn.Module, ABC):
         """A few numbers on held-out images while training goes on; the model is in eval mode, without gradients."""
 
     @abstractmethod
-    def report(
-        self,
-        data: ImageData,
-        train_data: ImageData,
-        folder: Path,
-        record: Mapping[str, object],
-        lengths: Sequence[int] | None = None,
-        limit: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, object]:
-        """The evaluation that a finished run leaves in ``folder``: numbers, plots and pictures.
-
-        Args:
-            data: held-out images.
-            train_data: for baselines that must be fitted.
-            folder: where everything goes.
-            record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
-            lengths: kept tokens to measure; a spread of them unless given.
-            limit: measure a fixed random subset of so many images.
-            progress: told the name of a stage, how much of it is done, and how much there is.
-
-        Returns:
-            The numbers.
-        """
+    def report(self, wanted: Report) -> None:
+        """Leave the evaluation of a trained model in ``wanted.folder``: numbers, ``table.md``, plots and pictures."""
 
 
 TASKS = Registry("task", Task)

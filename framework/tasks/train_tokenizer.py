@@ -5,16 +5,15 @@ Shapes: b batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from framework.data.interface import Batch, ImageData
+from framework.data.interface import Batch
 from framework.evaluation.rate_distortion import validation_errors
 from framework.evaluation.report import evaluate_tokenizer
 from framework.losses.interface import Loss
-from framework.tasks.interface import TASKS, Context, StepOutput, Task, Turn
+from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
 from framework.tokenizers.tokenizer import Tokenizer
 
 
@@ -56,15 +55,15 @@ class TrainTokenizer(Task):
         """Mean squared error on [0, 1] at the shortest, a middle and the full length."""
         return validation_errors(self.tokenizer, batches)
 
-    def report(
-        self,
-        data: ImageData,
-        train_data: ImageData,
-        folder: Path,
-        record: Mapping[str, object],
-        lengths: Sequence[int] | None = None,
-        limit: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, object]:
-        """Rate-distortion numbers, plots and pictures on ``data``."""
-        return evaluate_tokenizer(self.tokenizer, data, folder, record, train_data, lengths, limit, progress)
+    def report(self, wanted: Report) -> None:
+        """Rate-distortion numbers, plots and pictures."""
+        evaluate_tokenizer(
+            self.tokenizer,
+            wanted.data,
+            wanted.folder,
+            wanted.record,
+            wanted.train_data,
+            wanted.lengths,
+            wanted.limit,
+            wanted.progress,
+        )

@@ -15,7 +15,7 @@ from framework.engine.optimizers import AdamW
 from framework.engine.schedules import WarmupCosine
 from framework.engine.trainer import Trainer, Training
 from framework.runtime.records import JsonLines, LogFile, Records
-from framework.tasks.interface import Context, StepOutput, Task, Turn
+from framework.tasks.interface import Context, Report, StepOutput, Task, Turn
 
 
 class FakeData(ImageData):
@@ -95,7 +95,7 @@ class FakeTask(Task):
         errors = [(self.net(b.images) - b.images.flatten(1)).square().mean(1) for b in batches]
         return {"mse": float(torch.cat(errors).mean()), "images": float(len(torch.cat(errors)))}
 
-    def report(self, *arguments: object, **options: object) -> dict[str, object]:
+    def report(self, wanted: Report) -> None:
         raise NotImplementedError
 
 
