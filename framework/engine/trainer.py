@@ -45,7 +45,7 @@ class Training:
         ema_decay: decay a step of the weights' moving average, in [0, 1); ``null`` for none.
         log_every: steps between lines of metrics; losses are means over these steps.
         validate_every: steps between validations, with averaged weights where there are some.
-        validate_images: how many held-out images a validation reads, from the first on.
+        validate_images: how many held-out images a validation reads, always the same random ones.
         checkpoint_every: steps between checkpoints.
         keep_last: how many verified checkpoints stay on disk.
 
