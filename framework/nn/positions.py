@@ -1,4 +1,4 @@
-"""Positions: sine-cosine tables on a grid, and rotary positions along a sequence.
+"""Positions: sine-cosine tables on a grid and their resizing, and rotary positions along a sequence.
 
 Shapes: n sequence, d channels, b batch, h heads.
 """
@@ -6,6 +6,7 @@ Shapes: n sequence, d channels, b batch, h heads.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -34,6 +35,26 @@ def sincos_2d(grid: tuple[int, int], width: int, max_period: float = 100.0) -> T
     return torch.cat(
         [sincos_1d(rows.flatten(), half, max_period), sincos_1d(columns.flatten(), half, max_period)], dim=1
     )
+
+
+def resize_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """A table of positions for another grid, by bicubic interpolation, antialiased along sides that shrink.
+
+    Args:
+        table: ``(rows * columns, width)`` in row-major order; an unchanged grid gives back the same values.
+        old_grid: rows and columns of the table.
+        new_grid: rows and columns of the result.
+
+    Raises:
+        ValueError: if the table has another number of positions than its grid.
+    """
+    if len(table) != old_grid[0] * old_grid[1]:
+        raise ValueError(f"a grid of {old_grid[0]}x{old_grid[1]} does not fit a table of {len(table)} positions")
+    if old_grid == new_grid:
+        return table.clone()
+    image = rearrange(table, "(rows columns) w -> 1 w rows columns", rows=old_grid[0])
+    resized = F.interpolate(image.float(), size=new_grid, mode="bicubic", antialias=True)
+    return rearrange(resized, "1 w rows columns -> (rows columns) w").to(table.dtype)
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
