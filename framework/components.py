@@ -6,12 +6,15 @@ import framework.data.folder
 import framework.data.photos
 import framework.engine.optimizers
 import framework.engine.schedules
+import framework.engine.trackers
 import framework.losses.reconstruction
 import framework.tasks.train_tokenizer
 import framework.tokenizers.decoders.mask_token_vit
+import framework.tokenizers.encoders.patch_encoder
 import framework.tokenizers.encoders.suffix_token_vit
 import framework.tokenizers.heads
 import framework.tokenizers.masking
+import framework.tokenizers.quantizers.gaussian_bottleneck
 import framework.tokenizers.quantizers.identity
 import framework.tokenizers.spaces
 import framework.tokenizers.tokenizer  # noqa: F401

@@ -1,1 +1,1 @@
-"""Losses on images, shared by every task."""
+"""Losses, shared by every task."""

@@ -44,12 +44,13 @@ class TrainTokenizer(Task):
         return self.tokenizer
 
     def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
-        """Losses at lengths drawn from the generator ``lengths``."""
+        """Losses at lengths drawn from the generator ``lengths``, with the quantizer's noise from ``noise``."""
         lengths = self.tokenizer.draw_lengths(len(batch.images), context.progress, context.generator("lengths"))
-        result = self.tokenizer(batch.images, lengths.to(batch.images.device))
+        result = self.tokenizer(batch.images, lengths.to(batch.images.device), context.generator("noise"))
         losses: dict[str, Tensor] = {name: loss(result.images, batch.images) for name, loss in self.losses.items()}
         losses |= {f"quantizer_{name}": value for name, value in result.quantizer_losses.items()}
-        return StepOutput(losses, {"mean_length": lengths.double().mean()})
+        metrics = {f"quantizer_{name}": value for name, value in result.quantizer_metrics.items()}
+        return StepOutput(losses, {"mean_length": lengths.double().mean()} | metrics)
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean squared error on [0, 1] at the shortest, a middle and the full length."""

@@ -44,7 +44,7 @@ class ImageSpace(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an encoder returns: latents ``(b, n, d)`` before the quantizer, and pooled image features ``(b, f)``."""
+    """What an encoder returns: latents ``(b, n, out_dim)`` for the quantizer, and pooled image features ``(b, f)``."""
 
     latents: Tensor
     features: Tensor
@@ -54,11 +54,12 @@ class Encoder(nn.Module, ABC):
     """Turns a grid of values into an ordered sequence of latent tokens.
 
     Keyword-only arguments from the tokenizer: ``in_channels``, ``grid_size`` (rows and columns of the input space) and
-    ``out_dim`` (channels of a token, the quantizer's ``dim``).
+    ``out_dim`` (channels of a latent, the quantizer's ``input_dim``).
 
     Attributes:
         contract: ``truncate`` where one encoding serves every length, ``length_conditioned`` where each length
-            needs its own pass, ``growing`` where passes add tokens.
+            needs its own pass, ``growing`` where passes add tokens. Only tokens of the first kind may be read at other
+            lengths (``Tokens.with_lengths``) than those they were encoded for.
         num_tokens: n, the longest sequence.
         positions: rows and columns of the grid of patches that the decoder rebuilds.
         feature_dim: f.
@@ -71,16 +72,36 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Encoding:
-        """Values ``(b, c, h, w)`` -> latents and features; only length-conditioned encoders read ``lengths (b,)``."""
+        """Values ``(b, c, h, w)`` -> latents and features; only length-conditioned encoders read ``lengths (b,)``.
+
+        Without lengths, all n tokens are kept.
+        """
+
+    def resize(self, grid_size: tuple[int, int]) -> None:
+        """Read another grid of the input space from now on, which changes ``positions``; the tokens stay as many.
+
+        Raises:
+            ValueError: if the grid does not fit.
+            TypeError: if an encoder of this class reads only the grid that it was built for.
+        """
+        raise TypeError(f"{type(self).__name__} reads only the size it was built for: resize or crop the images")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Latents ``(b, n, d)`` for the decoder, codes ``(b, n)`` or ``None``, and the quantizer's own named losses."""
+    """What a quantizer makes of latents.
+
+    Args:
+        latents: what the decoder reads, ``(b, n, d)``.
+        codes: ``(b, n)``; ``None`` where tokens are continuous.
+        losses: named and weighted, one number per token, ``(b, n)``; training minimises their means over kept tokens.
+        metrics: detached numbers per token, ``(b, n)``, whose means over kept tokens are only logged.
+    """
 
     latents: Tensor
     codes: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Quantizer(nn.Module, ABC):
@@ -94,9 +115,18 @@ class Quantizer(nn.Module, ABC):
     dim: int
     vocabulary: int | None = None
 
+    @property
+    def input_dim(self) -> int:
+        """Channels of the latents that the encoder must give; d unless a quantizer reads more than it passes on."""
+        return self.dim
+
     @abstractmethod
-    def forward(self, latents: Tensor) -> Quantized:
-        """Latents ``(b, n, d)`` -> what the decoder reads; gradients pass (straight-through where discrete)."""
+    def forward(self, latents: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        """Latents ``(b, n, input_dim)`` -> what the decoder reads; gradients pass (straight-through where discrete).
+
+        ``generator`` is where a quantizer with noise draws it from. Without one, as when a tokenizer is used, there is
+        no noise; a quantizer without noise leaves the generator as it is.
+        """
 
     def codes_to_latents(self, codes: Tensor) -> Tensor:
         """Codes ``(b, n)`` -> latents ``(b, n, d)``.
@@ -137,6 +167,14 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: Tokens) -> Tensor:
         """Tokens -> values ``(b, c, h, w)`` of the output space."""
+
+    def resize(self, positions: tuple[int, int]) -> None:
+        """Rebuild another grid of patches from now on.
+
+        Raises:
+            TypeError: if a decoder of this class writes only the grid that it was built for.
+        """
+        raise TypeError(f"{type(self).__name__} writes only the size it was built for: resize or crop the images")
 
 
 class Head(nn.Module, ABC):

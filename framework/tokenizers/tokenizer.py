@@ -5,24 +5,42 @@ Shapes: b batch, h and w pixels, n tokens, d channels of a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from framework.config.registry import Factory, Registry
-from framework.tokenizers.interface import Contract, Decoder, Encoder, ImageSpace, MaskingSchedule, Quantizer
+from framework.tokenizers.interface import (
+    Contract,
+    Decoder,
+    Encoder,
+    ImageSpace,
+    MaskingSchedule,
+    Quantized,
+    Quantizer,
+)
 from framework.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a training pass returns: images ``(b, 3, h, w)`` in about [0, 1], the tokens, the quantizer's losses."""
+    """What a training pass returns.
+
+    Args:
+        images: ``(b, 3, h, w)`` in about [0, 1].
+        tokens: what they were decoded from.
+        quantizer_losses: scalars by name: the mean over each image's kept tokens, then over images. Dropped tokens
+            carry nothing and pay nothing; TiTok has none, and One-D-Piece charges all N whatever it drops.
+        quantizer_metrics: the same means of what the quantizer only reports.
+    """
 
     images: Tensor
     tokens: Tokens
     quantizer_losses: dict[str, Tensor]
+    quantizer_metrics: dict[str, Tensor]
 
 
 class Tokenizer(nn.Module):
@@ -36,6 +54,9 @@ class Tokenizer(nn.Module):
         decoder: rebuilds an image from the kept tokens.
         output_space: where images are written; ``null`` for the input space.
         image_size: side of the images in pixels.
+
+    Attributes:
+        size: height and width of the images; other than ``image_size`` only in what ``resized`` returns.
 
     Raises:
         ValueError: if spaces and patches do not fit the image, or the masking schedule not the encoder's tokens.
@@ -54,10 +75,11 @@ class Tokenizer(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.size = (image_size, image_size)
         self.input_space = input_space
         self.output_space = input_space if output_space is None else output_space
         grid = _grid_side(self.input_space, image_size)
-        self.encoder = encoder(in_channels=input_space.channels, grid_size=(grid, grid), out_dim=quantizer.dim)
+        self.encoder = encoder(in_channels=input_space.channels, grid_size=(grid, grid), out_dim=quantizer.input_dim)
         self.quantizer = quantizer
         self.masking = masking
         masking.check(self.encoder.num_tokens)
@@ -95,10 +117,15 @@ class Tokenizer(nn.Module):
         """The masking schedule's lengths ``(b,)`` int64 for a training step at ``progress`` in [0, 1]."""
         return self.masking.lengths(batch_size, self.num_tokens, progress, generator)
 
-    def forward(self, images: Tensor, lengths: Tensor) -> Reconstruction:
-        """Encode, keep ``lengths (b,)`` tokens, decode; gradients pass and nothing is clamped."""
-        tokens, losses = self._encode(images, lengths)
-        return Reconstruction(self.output_space.decode(self.decoder(tokens)), tokens, losses)
+    def forward(self, images: Tensor, lengths: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        """Encode, keep ``lengths (b,)`` tokens, decode; gradients pass and nothing is clamped.
+
+        The quantizer's noise, if it has any, is drawn from ``generator``; without one there is none.
+        """
+        tokens, quantized = self._encode(images, lengths, generator)
+        rebuilt = self.output_space.decode(self.decoder(tokens))
+        losses, metrics = (_means_over_kept(values, tokens) for values in (quantized.losses, quantized.metrics))
+        return Reconstruction(rebuilt, tokens, losses, metrics)
 
     def encode(self, images: Tensor, length: int | Sequence[int] | Tensor | None = None) -> Tokens:
         """Images to tokens.
@@ -121,15 +148,56 @@ class Tokenizer(nn.Module):
         """Codes ``(b, n)`` of a discrete tokenizer, with lengths ``(b,)``, as tokens ready to decode."""
         return Tokens(self.quantizer.codes_to_latents(codes), lengths, codes)
 
-    def _encode(self, images: Tensor, lengths: Tensor) -> tuple[Tokens, dict[str, Tensor]]:
+    def resized(self, height: int, width: int) -> Tokenizer:
+        """A copy in eval mode that reads and writes images of another size, from as many tokens.
+
+        Tables of positions are resized bicubically; every other weight is copied, so that the two tokenizers have
+        nothing in common. Nothing is trained, and a model that has seen one size only does badly at others: AdaTok's
+        small one makes three times the error at 48x32 that it makes at its own 32x32. Unless the copy is trained
+        further, tiles, or images scaled to the trained size and back, are better.
+
+        Args:
+            height: in pixels, a multiple of the pixels that a position of the encoder covers.
+            width: likewise.
+
+        Raises:
+            ValueError: if the encoder's positions cannot cover the size; names the nearest that fits.
+            TypeError: if the encoder or the decoder is bound to the size it was built for.
+        """
+        if (height, width) != (nearest := self._nearest_size(height, width)):
+            raise ValueError(
+                f"a size must be a multiple of {self.size[0] // self.encoder.positions[0]} pixels each way, got "
+                f"{height}x{width}: the nearest is {nearest[0]}x{nearest[1]}"
+            )
+        copy = deepcopy(self).eval()
+        if copy.size != (height, width):
+            copy.size = (height, width)
+            scale = self.input_space.downsampling
+            copy.encoder.resize((height // scale, width // scale))
+            copy.decoder.resize(copy.encoder.positions)
+        return copy
+
+    def _encode(
+        self, images: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tokens, Quantized]:
         encoding = self.encoder(self.input_space.encode(images), lengths)
-        quantized = self.quantizer(encoding.latents)
-        return Tokens(quantized.latents, lengths, quantized.codes), quantized.losses
+        quantized = self.quantizer(encoding.latents, generator)
+        return Tokens(quantized.latents, lengths, quantized.codes), quantized
+
+    def _nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that whole positions of the encoder cover."""
+        pixels = self.size[0] // self.encoder.positions[0]
+        rows, columns = (max(1, round(side / pixels)) for side in (height, width))
+        return rows * pixels, columns * pixels
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images must be (b, 3, {self.image_size}, {self.image_size}), got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1:] != (3, *self.size):
+            height, width = self.size
+            message = f"images must be (b, 3, {height}, {width}), got {tuple(images.shape)}"
+            if images.ndim == 4 and images.shape[1] == 3:
+                near = self._nearest_size(*images.shape[2:])
+                message += f"; tokenizer.resized{near} reads {near[0]}x{near[1]}, the size nearest to theirs that fits"
+            raise ValueError(message)
         if not images.is_floating_point():
             raise ValueError(f"images must be float in [0, 1], got {images.dtype}: divide uint8 images by 255")
         low, high = images.detach().aminmax()
@@ -143,6 +211,12 @@ class Tokenizer(nn.Module):
         if wanted.amin() < 1 or wanted.amax() > self.num_tokens:
             raise ValueError(f"a length is from 1 to {self.num_tokens} tokens, got {wanted.tolist()}")
         return wanted.long().expand(batch_size).to(device)
+
+
+def _means_over_kept(values: Mapping[str, Tensor], tokens: Tokens) -> dict[str, Tensor]:
+    """Values ``(b, n)`` by name -> means. Each image counts the same, so micro-batches add up to the whole batch."""
+    dropped = ~tokens.mask
+    return {name: (value.masked_fill(dropped, 0).sum(1) / tokens.lengths).mean() for name, value in values.items()}
 
 
 def _grid_side(space: ImageSpace, image_size: int) -> int:

@@ -6,26 +6,34 @@ from functools import partial
 
 import pytest
 import torch
+from einops import reduce
 
+from framework.nn.transformer import BlockOptions
 from framework.tokenizers.decoders.dropping import DROP_MODES
-from framework.tokenizers.interface import DECODERS, ENCODERS, HEADS, SPACES
+from framework.tokenizers.interface import DECODERS, ENCODERS, HEADS, SPACES, Head
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
+from tests.stir import stirred
 from tests.tokenizers.build import small_tokenizer
 
 LENGTHS = torch.tensor([1, 2, 3, 6, 6])
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 # What each registered part needs beside its defaults to be built small; a newcomer without an entry takes its defaults.
-ENCODER_ARGUMENTS = {"SuffixTokenViT": [{}, {"attention": "latents_causal"}]}
+ROTARY = BlockOptions(norm="rms", mlp="swiglu", bias=False, rope_base=1e4)
+ENCODER_ARGUMENTS: dict[str, list[dict[str, object]]] = {
+    "SuffixTokenViT": [{}, {"attention": "latents_causal"}],
+    "PatchEncoder": [{}, {"blocks": ROTARY}],
+}
 HEAD_ARGUMENTS = {"PixelShuffleHead": [{}, {"refine_channels": 4}]}
 DECODER_ARGUMENTS = {"MaskTokenViT": [{"drop_mode": mode} for mode in DROP_MODES]}
 
 
-def variants() -> list[tuple[str, dict[str, dict[str, object]]]]:
-    cases: list[tuple[str, dict[str, dict[str, object]]]] = []
+def variants() -> list[tuple[str, dict[str, object]]]:
+    cases: list[tuple[str, dict[str, object]]] = []
     for name, _ in ENCODERS:
-        cases += [(f"{name}-{a}", {"encoder": a}) for a in ENCODER_ARGUMENTS.get(name, [{}])]
+        for number, a in enumerate(ENCODER_ARGUMENTS.get(name, [{}])):
+            cases.append((f"{name}-{number}", {"encoder_name": name, "encoder": a}))
     for name, _ in DECODERS:
         cases += [(f"{name}-{a}", {"decoder": a}) for a in DECODER_ARGUMENTS.get(name, [{}])]
     for name, head in HEADS:
@@ -76,18 +84,71 @@ def test_a_sample_does_not_depend_on_its_batch(tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def test_one_encoding_serves_every_length_where_the_contract_says_so(tokenizer: Tokenizer) -> None:
-    assert tokenizer.contract == "truncate"
+def test_one_encoding_serves_every_length_just_where_the_contract_says_so(tokenizer: Tokenizer) -> None:
     whole = tokenizer.encode(IMAGES)
-    for length in (1, 4, 6):
-        assert torch.equal(whole.latents, tokenizer.encode(IMAGES, length).latents)
+    assert torch.equal(whole.latents, tokenizer.encode(IMAGES, 6).latents)
+    for length in (1, 4):
+        same = torch.equal(whole.latents[:, :length], tokenizer.encode(IMAGES, length).latents[:, :length])
+        assert same == (tokenizer.contract == "truncate")
+
+
+@torch.no_grad()
+def test_another_size_keeps_the_laws_and_leaves_the_tokenizer_as_it_was(tokenizer: Tokenizer) -> None:
+    before = tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS))
+    own = tokenizer.resized(16, 16)
+    assert torch.equal(before, own.decode(own.encode(IMAGES, LENGTHS)))
+    high = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(2))
+    other = tokenizer.resized(24, 16)
+    tokens = other.encode(high, LENGTHS)
+    rebuilt = other.decode(tokens)
+    assert tokens.latents.shape == (5, 6, 5) and rebuilt.shape == high.shape and rebuilt.isfinite().all()
+    changed = tokens.latents.masked_fill(~tokens.mask[..., None], float("nan"))
+    assert torch.equal(rebuilt, other.decode(Tokens(changed, LENGTHS)))
+    assert torch.equal(before, tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS)))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_constant_images_are_finite_with_their_features_and_gradients(tokenizer: Tokenizer, level: float) -> None:
+    images = torch.full((2, 3, 16, 16), level)
+    encoding = tokenizer.encoder(tokenizer.input_space.encode(images))
+    assert encoding.latents.shape == (2, tokenizer.num_tokens, tokenizer.quantizer.input_dim)
+    assert encoding.features.shape == (2, tokenizer.encoder.feature_dim)
+    rebuilt = tokenizer(images, torch.tensor([1, 6])).images
+    (encoding.features.square().sum() + encoding.latents.square().sum() + rebuilt.square().sum()).backward()
+    assert all(tensor.isfinite().all() for tensor in (encoding.latents, encoding.features, rebuilt))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
+@torch.no_grad()
+def test_features_tell_images_apart(tokenizer: Tokenizer) -> None:
+    features = tokenizer.encoder(tokenizer.input_space.encode(IMAGES)).features
+    assert torch.pdist(features).amin() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, _ in HEADS])
+def test_heads_put_each_state_at_its_place(name: str) -> None:
+    for arguments in HEAD_ARGUMENTS.get(name, [{}]):
+        check_places(stirred(HEADS.get(name)(**arguments, width=8, out_channels=3, patch_size=4)))
+
+
+def check_places(made: Head) -> None:
+    states = torch.randn(1, 6, 8)
+    before = made(states, (2, 3))
+    assert before.shape == (1, 3, 8, 12)
+    for position in range(6):
+        changed = states.clone()
+        changed[:, position] += 1
+        moved = (made(changed, (2, 3)) - before).square()
+        by_patch = reduce(moved, "1 c (rows p) (columns q) -> (rows columns)", "mean", rows=2, columns=3)
+        assert by_patch.argmax() == position
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", [0, 1])
 def test_removing_equals_key_padding(seed: int) -> None:
     results = []
-    for mode in DROP_MODES:
+    for mode in ("key_padding", "remove"):
         tokenizer = small_tokenizer(seed=seed, decoder={"drop_mode": mode, "depth": 2}).eval()
         results.append(tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)

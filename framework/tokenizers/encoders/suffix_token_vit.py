@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 from framework.nn.attention import mask_to_bias
-from framework.nn.positions import sincos_2d
+from framework.nn.positions import resize_positions, sincos_2d
 from framework.nn.transformer import BlockOptions, Transformer, init_linear
+from framework.tokenizers.encoders.patches import patch_grid, patchify
 from framework.tokenizers.interface import ENCODERS, Encoder, Encoding
 
 
@@ -66,16 +67,11 @@ class SuffixTokenViT(Encoder):
         out_dim: int,
     ) -> None:
         super().__init__()
-        rows, columns = grid_size
-        if rows % patch_size or columns % patch_size:
-            raise ValueError(
-                f"patch_size must divide the input grid, got patch_size {patch_size} and {rows}x{columns}"
-            )
         self.num_tokens = num_tokens
         self.patch_size = patch_size
-        self.positions = (rows // patch_size, columns // patch_size)
+        self.positions = patch_grid(grid_size, patch_size)
         self.feature_dim = 3 * width
-        num_patches = self.positions[0] * self.positions[1]
+        self.attention = attention
         self.patch_embedding = nn.Linear(in_channels * patch_size**2, width)
         # Positions and queries start at unit scale: at 0.02 the model stays for hundreds of steps at the mean colour,
         # since it cannot tell its tokens apart.
@@ -85,18 +81,14 @@ class SuffixTokenViT(Encoder):
         self.to_latents = nn.Linear(width, out_dim)
         init_linear(self.patch_embedding)
         init_linear(self.to_latents)
-        causal = mask_to_bias(latents_causal_mask(num_patches, num_tokens)) if attention == "latents_causal" else None
-        self.register_buffer("bias", causal, persistent=False)
+        self.register_buffer("bias", self._bias(), persistent=False)
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Encoding:
         """Values ``(b, c, rows, columns)`` -> latents ``(b, n, d)`` and features ``(b, 3w)``; lengths are not read.
 
         Features are the mean and standard deviation of the patches' states and the mean of the latents' states.
         """
-        patches = rearrange(
-            values, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=self.patch_size, q=self.patch_size
-        )
-        patches = self.patch_embedding(patches) + self.patch_positions
+        patches = self.patch_embedding(patchify(values, self.patch_size)) + self.patch_positions
         suffix = repeat(self.latent_tokens, "n w -> b n w", b=len(values))
         states = self.transformer(torch.cat([patches, suffix], dim=1), self.bias)
         patch_states, latent_states = states.split([patches.shape[1], self.num_tokens], dim=1)
@@ -104,3 +96,18 @@ class SuffixTokenViT(Encoder):
             [patch_states.mean(dim=1), patch_states.std(dim=1, correction=0), latent_states.mean(dim=1)], dim=1
         )
         return Encoding(self.to_latents(latent_states), features)
+
+    def resize(self, grid_size: tuple[int, int]) -> None:
+        """Read another grid from now on: the patches' positions are resized, the latent tokens stay."""
+        positions = patch_grid(grid_size, self.patch_size)
+        resized = resize_positions(self.patch_positions.detach(), self.positions, positions)
+        self.patch_positions = nn.Parameter(resized, requires_grad=self.patch_positions.requires_grad)
+        self.positions = positions
+        self.bias = self._bias()
+
+    def _bias(self) -> Tensor | None:
+        """What attention is denied, at the present grid; ``None`` for nothing."""
+        if self.attention == "full":
+            return None
+        mask = latents_causal_mask(len(self.patch_positions), self.num_tokens)
+        return mask_to_bias(mask.to(self.patch_positions.device))

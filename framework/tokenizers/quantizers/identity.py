@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Identity(Quantizer):
         self.dim = dim
         self.normalize = normalize
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, generator: torch.Generator | None = None) -> Quantized:
         """Latents ``(b, n, d)`` -> the same shape, in float32 where they are normalised."""
         if self.normalize == "layer":
             latents = F.layer_norm(latents.float(), latents.shape[-1:])
