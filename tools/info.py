@@ -1,32 +1,71 @@
-"""Shows what the framework knows."""
+"""Shows what the framework knows, and what is in a folder of images."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """\
+examples:
+  python tools/info.py components quantizer
+  python tools/info.py data my/photos --decode 5000 --workers 4 --out broken.txt
+"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Shows what the framework knows.",
-        epilog="example: python tools/info.py components quantizer",
-    )
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    form: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
-    components = commands.add_parser(
-        "components",
-        help="registered components with arguments, defaults and a line on each",
-        epilog="example: python tools/info.py components quantizer",
-    )
+    text = "registered components with arguments, defaults and a line on each"
+    components = commands.add_parser("components", help=text, description=text, **form)
     components.add_argument("axis", nargs="?", help="only this axis, such as quantizer or encoder")
-    arguments = parser.parse_args()
+    text = "formats, sizes, classes, broken files and decoding speed; exits with 1 if there is anything broken"
+    data = commands.add_parser("data", help=text, description=text, **form)
+    data.add_argument("folder", metavar="DIR", help="a folder of images")
+    data.add_argument("--decode", type=count, default=1000, metavar="N", help="decode N random ones, 1000 unless given")
+    data.add_argument("--workers", type=count, default=2, metavar="N", help="processes; 2 unless given, 0 for this one")
+    data.add_argument("--classes", metavar="FILE", help="look only at the classes that this file lists, one a line")
+    data.add_argument("--out", type=Path, metavar="FILE", help="write broken files there, a path and a reason a line")
+    return parser.parse_args()
 
-    import framework.components  # noqa: F401  registers every part; imported late so that --help is quick
-    from framework.config import component_list
 
+def main() -> int:
+    arguments = parse()
     try:
-        print(component_list(arguments.axis))
-    except LookupError as error:
-        parser.error(str(error))
+        if arguments.command == "components":
+            import framework.components  # noqa: F401  registers every part; imported late so that --help is quick
+            from framework.config import component_list
+
+            print(component_list(arguments.axis))
+            return 0
+
+        from framework.data.inspect import inspect_folder
+        from framework.runtime.files import write_text
+        from framework.runtime.progress import Stages
+
+        with Stages() as progress:
+            wanted = (arguments.folder, arguments.classes, arguments.decode, arguments.workers)
+            inspection = inspect_folder(*wanted, progress)
+        print(*inspection.lines(), sep="\n")
+        if arguments.out is not None:
+            write_text(arguments.out, "".join(f"{path}\t{why}\n" for path, why in inspection.broken.items()))
+        return 1 if inspection.broken or inspection.listing.unreadable else 0
+    except (LookupError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

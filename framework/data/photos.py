@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from framework.data.interface import DATA, Batch, ImageData
+from framework.data.interface import DATA, Batch, ImageData, in_unit_range
 from framework.data.transforms import open_image, to_tensor
 from framework.runtime.hashing import uniforms
 
@@ -149,11 +149,17 @@ class Photos(ImageData):
     def __len__(self) -> int:
         return len(self.images)
 
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
     def fetch(self, indices: Sequence[int], epoch: int) -> Batch:
+        return in_unit_range(self.read(indices, epoch))
+
+    def read(self, indices: Sequence[int], epoch: int) -> Batch:
         images = self.images[torch.as_tensor(indices)]
         if self.training:
             images = self._augment(images, indices, epoch)
-        return Batch(images.float() / 255, [self.keys[i] for i in indices], [self.groups[i] for i in indices])
+        return Batch(images, [self.keys[i] for i in indices], [self.groups[i] for i in indices])
 
     def _augment(self, images: Tensor, indices: Sequence[int], epoch: int) -> Tensor:
         flip, permute, order = (

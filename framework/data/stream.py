@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from dataclasses import replace
+from itertools import count, groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from framework.data.interface import Batch, ImageData
+from framework.data.interface import Batch, ImageData, TooManyBroken, in_unit_range
 from framework.runtime.hashing import uniforms
 
 
@@ -22,6 +23,10 @@ class Stream(Iterator[Batch]):
     Sample i of the stream is place ``i % n`` of the order of epoch ``i // n``, and the order depends on (seed, epoch)
     alone. A batch may therefore reach over an epoch's end, and a data set may be smaller than a batch. Of each global
     batch of ``batch_size * world_size`` samples, rank r takes rows ``r::world_size``.
+
+    In place of a broken image comes another, drawn uniformly by hash from (seed, epoch, index of the broken one), so
+    that no neighbour is favoured and a sample does not depend on its batch or on workers. ``broken`` collects what
+    came: key and reason.
 
     Args:
         data: the images; n is their number.
@@ -33,6 +38,7 @@ class Stream(Iterator[Batch]):
 
     Raises:
         ValueError: if ``data`` is empty.
+        TooManyBroken: on drawing a batch, if more than the share ``data.max_broken`` of the images is broken so far.
     """
 
     def __init__(
@@ -46,21 +52,24 @@ class Stream(Iterator[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
+        self.broken: dict[str, str] = {}
         self.samples_seen = 0  # of all ranks, in batches handed out; what workers fetched ahead does not count
         self._batches: Iterator[Batch] | None = None
 
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._start()
-        batch = next(self._batches)
+        batch = in_unit_range(next(self._batches))
+        self.broken |= batch.broken
+        _refuse_too_many(self.data, self.broken, len(self.data))
         self.samples_seen += self.batch_size * self.world_size
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and the number of images that gives it its meaning."""
-        return {"samples_seen": self.samples_seen, "num_images": len(self.data)}
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the number of images that gives it its meaning, and the broken images met so far."""
+        return {"samples_seen": self.samples_seen, "num_images": len(self.data), "broken": dict(self.broken)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position; workers start afresh.
 
         Raises:
@@ -72,10 +81,11 @@ class Stream(Iterator[Batch]):
                 "Restore the data as it was, or start a new run"
             )
         self.samples_seen = state["samples_seen"]
+        self.broken = dict(state.get("broken", {}))
         self._batches = None
 
     def _start(self) -> Iterator[Batch]:
-        fetcher = _Fetcher(self.data)
+        fetcher = _Fetcher(self.data, self.seed)
         step = self.batch_size * self.world_size
         plan = _plan(len(self.data), self.seed, self.samples_seen, step, self.rank, self.world_size)
         if self.num_workers == 0:
@@ -85,7 +95,7 @@ class Stream(Iterator[Batch]):
             batch_sampler=plan,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
             generator=torch.Generator(),  # or the loader would draw its workers' seed from the global generator
         )
         return iter(loader)
@@ -101,11 +111,47 @@ def subset(num_images: int, limit: int | None) -> list[int]:
     return sorted(np.argsort(uniforms(0, "subset", 0, range(num_images)), kind="stable")[:limit].tolist())
 
 
-def sequential(data: ImageData, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The images of ``subset`` once, in order, for evaluation; the last batch may be smaller."""
-    indices = subset(len(data), limit)
-    for start in range(0, len(indices), batch_size):
-        yield data.fetch(indices[start : start + batch_size], epoch=0)
+class Sequential(Iterator[Batch]):
+    """The images of ``subset`` once, in order, for evaluation; batches are smaller at the end and by broken images.
+
+    Nothing comes in place of a broken image: ``broken`` collects key and reason of those left out so far. A batch of
+    broken images only is not handed out.
+
+    Raises:
+        TooManyBroken: if more than the share ``data.max_broken`` of the images asked for is broken.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, limit: int | None = None) -> None:
+        self.broken: dict[str, str] = {}
+        self._data = data
+        self._indices = subset(len(data), limit)
+        self._starts = iter(range(0, len(self._indices), batch_size))
+        self._batch_size = batch_size
+
+    def __next__(self) -> Batch:
+        while True:
+            start = next(self._starts)
+            batch = self._data.fetch(self._indices[start : start + self._batch_size], epoch=0)
+            self.broken |= batch.broken
+            _refuse_too_many(self._data, self.broken, len(self._indices))
+            if batch.keys:
+                return batch
+
+    def record(self) -> dict[str, object]:
+        """For a protocol: how many images were left out so far, and the first of them with the reasons."""
+        return {"broken": len(self.broken), "first_broken": dict(islice(self.broken.items(), 20))}
+
+
+def _refuse_too_many(data: ImageData, broken: Mapping[str, str], total: int) -> None:
+    if len(broken) <= data.max_broken * total:
+        return
+    first = "".join(f"\n  {key}: {reason}" for key, reason in islice(broken.items(), 5))
+    raise TooManyBroken(
+        f"{len(broken)} of {total} images cannot be read, {len(broken) / total:.2%}, and max_broken allows "
+        f"{data.max_broken:.2%}. The first:{first}\n"
+        "Repair, replace or remove them, or set max_broken of this data set higher; "
+        "python tools/info.py data DIR finds all of them"
+    )
 
 
 def _plan(
@@ -132,23 +178,66 @@ def _plan(
 class _Fetcher(Dataset[Batch]):
     """Fetches a batch of (epoch, index) pairs at once, in this process or in a worker."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: ImageData, seed: int) -> None:
         self.data = data
+        self.seed = seed
+        self.broken: dict[int, tuple[str, str]] = {}  # key and reason by index, so that none is tried twice here
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch:
-        parts = [
-            self.data.fetch([index for _, index in part], epoch) for epoch, part in groupby(pairs, itemgetter(0))
-        ]
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
+        return _concatenate(
+            [self._fetch(epoch, [index for _, index in part]) for epoch, part in groupby(pairs, itemgetter(0))]
+        )
+
+    def _fetch(self, epoch: int, indices: list[int]) -> Batch:
+        """The images of one epoch at ``indices``, with others in place of broken ones; fewer if too many are broken."""
+        parts: list[Batch] = []
+        rows: list[int] = []  # of the whole batch, in the order in which the parts bring them
+        missing = list(range(len(indices)))
+        broken: dict[str, str] = {}
+        for attempt in count():
+            tried = {row: self._candidate(epoch, indices[row], attempt) for row in missing}
+            parts.append(self._fetch_unless_known(epoch, list(tried.values())))
+            rows += [row for row in missing if tried[row] not in self.broken]
+            missing = [row for row in missing if tried[row] in self.broken]
+            broken |= dict(self.broken[tried[row]] for row in missing)
+            if not missing or len(self.broken) > self.data.max_broken * len(self.data):
+                break
+        batch = _concatenate(parts)
+        return replace(_reordered(batch, np.argsort(rows).tolist()), broken=broken) if broken else batch
+
+    def _fetch_unless_known(self, epoch: int, indices: list[int]) -> Batch:
+        """Those of the images that are not known to be broken; takes note of the ones that now turn out to be."""
+        batch = self.data.read([index for index in indices if index not in self.broken], epoch)
+        if batch.broken:
+            keys = {index: self.data.key(index) for index in indices}
+            self.broken |= {index: (key, batch.broken[key]) for index, key in keys.items() if key in batch.broken}
+        return batch
+
+    def _candidate(self, epoch: int, index: int, attempt: int) -> int:
+        if attempt == 0:
+            return index
+        return int(uniforms(self.seed, f"substitute {attempt}", epoch, [index])[0] * len(self.data))
 
 
 def _concatenate(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
     labels = [part.labels for part in parts if part.labels is not None]
     return Batch(
         torch.cat([part.images for part in parts]),
         [key for part in parts for key in part.keys],
         [group for part in parts for group in part.groups],
         torch.cat(labels) if labels else None,
+        {key: reason for part in parts for key, reason in part.broken.items()},
+    )
+
+
+def _reordered(batch: Batch, order: list[int]) -> Batch:
+    return Batch(
+        batch.images[order],
+        [batch.keys[row] for row in order],
+        [batch.groups[row] for row in order],
+        None if batch.labels is None else batch.labels[order],
     )
 
 
@@ -156,6 +245,6 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -223,6 +223,15 @@ def compare_training(experiment: Experiment, rounds: int, steps: int) -> Times:
     return _without_first(times)
 
 
+def training_lines(experiment: Experiment, rounds: int, steps: int | None) -> Iterator[str]:
+    """What ``compare_training`` finds, with ``train.log_every`` steps a round unless given."""
+    yield machine(experiment.run.torch_device())
+    steps = steps or experiment.train.log_every
+    times = compare_training(experiment, rounds, steps)
+    yield f"{experiment.train.precision}, {steps} steps of each loop a round"
+    yield times.table(steps * experiment.train.batch_size)
+
+
 def decoding_cases(tokenizer: Tokenizer, batch_size: int) -> dict[str, Tokens]:
     """Random tokens at the full, half and quarter length and at 1, and with lengths drawn uniformly."""
     generator, n = torch.Generator().manual_seed(0), tokenizer.num_tokens
@@ -248,6 +257,12 @@ def time_decoding(experiment: Experiment, batch_size: int, rounds: int) -> Times
             for name, tokens in decoding_cases(tokenizer, batch_size).items()
         }
         return take_turns(cases, rounds, device)
+
+
+def decoding_lines(experiment: Experiment, rounds: int, batch_size: int) -> Iterator[str]:
+    """What ``time_decoding`` finds."""
+    yield machine(experiment.run.torch_device())
+    yield time_decoding(experiment, batch_size, rounds).table(batch_size)
 
 
 def time_attention(shape: Shape, dtype: torch.dtype, backward: bool, rounds: int, device: torch.device) -> Times:
@@ -278,3 +293,10 @@ def attention_table(rounds: int, device: torch.device, shapes: Sequence[Shape] =
                 size, kind = " x ".join(map(str, shape)), str(dtype).removeprefix("torch.")
                 chosen = choose_attention(device, dtype, shape[2], backward)
                 yield f"{size:24}{kind:10}{'yes' if backward else 'no':10}{explicit:10.2f}{fused:10.2f}  {chosen}"
+
+
+def attention_lines(rounds: int) -> Iterator[str]:
+    """The table for the device that is used unless another is asked for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield machine(device)
+    yield from attention_table(rounds, device)

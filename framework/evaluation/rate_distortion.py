@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from framework.data.interface import Batch, ImageData
-from framework.data.stream import sequential
+from framework.data.stream import Sequential
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
@@ -189,6 +189,7 @@ def measure(
     Raises:
         ValueError: if lengths do not increase, there are no images, or an error is not finite (with the keys of the
             first such images).
+        TooManyBroken: if more images cannot be read than ``data.max_broken`` allows; fewer are left out and recorded.
     """
     if list(lengths) != sorted(set(lengths)) or not lengths:
         raise ValueError(f"lengths must increase, got {list(lengths)}; try {sorted(set(lengths)) or [1]}")
@@ -196,20 +197,22 @@ def measure(
     measured: list[Tensor] = []
     keys: list[str] = []
     groups: list[str] = []
-    for batch in sequential(data, batch_size, limit):
+    batches = Sequential(data, batch_size, limit)
+    for batch in batches:
         batch_errors = errors(batch.images, lengths).cpu().double()
         _refuse_non_finite(name, batch_errors, batch.keys, lengths)
         measured.append(batch_errors)
         keys += batch.keys
         groups += batch.groups
         if progress is not None:
-            progress(name, len(keys), total)
+            progress(name, len(keys) + len(batches.broken), total)
     if not keys:
         raise ValueError(f"there are no images to measure: the data set holds {len(data)} and the limit is {limit}")
     protocol = {
         "data": data.protocol(),
         "images": len(keys),
         "of": len(data),
+        **batches.record(),
         "groups": len(set(groups)),
         "image_size": data.image_size,
         "value_range": [0, 1],

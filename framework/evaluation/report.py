@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from framework.data.interface import ImageData
-from framework.data.stream import sequential, subset
+from framework.data.stream import Sequential, subset
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
 from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
 from framework.evaluation.plots import plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
@@ -72,8 +72,8 @@ def evaluate_tokenizer(
     write_text(folder / "table.md", _table(curve, baseline, note))
     plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png")
 
-    measured = subset(len(data), limit)
-    images = data.fetch([measured[row] for row in spread_images(curve)], epoch=0).images
+    indices = {data.key(index): index for index in subset(len(data), limit)}
+    images = data.fetch([indices[curve.keys[row]] for row in spread_images(curve)], epoch=0).images
     rebuilt = reconstructions(tokenizer, images.to(next(tokenizer.parameters()).device), curve.lengths)
     by_length = {length: images.float().cpu() for length, images in zip(curve.lengths, rebuilt, strict=True)}
     plot_reconstructions(images, by_length, folder / "reconstructions.png")
@@ -115,7 +115,7 @@ def compare_tokenizers(
     rows = [["MSE x 1000 at tokens", *map(str, lengths)], ["---"] + ["---:"] * len(lengths)]
     for name, curve in (curves if baseline is None else curves | {"PCA, equal floats": baseline}).items():
         rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
-    scope = f"{len(next(iter(curves.values())).keys)} images; pixels in [0, 1]; {data.protocol()}"
+    scope = f"{_images(next(iter(curves.values())))}; pixels in [0, 1]; {data.protocol()}"
     write_text(folder / "comparison.md", "\n".join([*map(_row, rows), "", scope]) + "\n")
     plot_rate_distortion(curves, baseline, folder / "comparison.png")
 
@@ -135,7 +135,7 @@ def _principal_components(
     """The baseline at the curve's lengths and on its images; ``None`` where it cannot be fitted."""
     if train_data is None or _num_values(data) > MAX_VALUES:
         return None
-    batches = sequential(train_data, 256, PCA_IMAGES)
+    batches = Sequential(train_data, 256, PCA_IMAGES)
     components = PrincipalComponents.fit(batch.images for batch in batches)
 
     def errors(images: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -145,6 +145,7 @@ def _principal_components(
         "model": f"principal components, {token_dim} for each token",
         "fitted_to": train_data.protocol(),
         "fitted_images": components.num_images,
+        **batches.record(),
     }
     return measure("PCA baseline", errors, data, curve.lengths, limit, record=record, progress=progress)
 
@@ -170,10 +171,14 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
             ]
         )
     lines = map(_row, rows)
-    scope = (
-        f"{len(curve.keys)} images of {len(set(curve.groups))} groups; pixels in [0, 1]; definitions in metrics.json."
-    )
+    scope = f"{_images(curve)}; pixels in [0, 1]; definitions in metrics.json."
     return "\n".join([*lines, "", f"{scope} {note}"]) + "\n"
+
+
+def _images(curve: RateDistortion) -> str:
+    broken = curve.protocol["broken"]
+    left_out = f", {broken} left out that cannot be read" if broken else ""
+    return f"{len(curve.keys)} images of {len(set(curve.groups))} groups{left_out}"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -197,7 +202,7 @@ def spread_images(curve: RateDistortion, count: int = 6) -> list[int]:
 
 def _choose_photograph(data: ImageData, groups: Sequence[str]) -> Tensor:
     """A photograph in colour if there is one, the largest of those; of at most 16 groups."""
-    photographs = [data.whole(group) for group in list(dict.fromkeys(groups))[:16]]
+    photographs = map(data.whole, list(dict.fromkeys(groups))[:16])  # one at a time, for they may be large
     return max(photographs, key=lambda photograph: (_is_colour(photograph), photograph.numel()))
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 
 from framework.data.folder import ImageFolder
-from framework.data.transforms import CenterCrop, ImageError, RandomResizedCrop
+from framework.data.interface import Batch, in_unit_range
+from framework.data.transforms import CenterCrop, RandomResizedCrop
 
 from .conftest import MakeImages
 
@@ -77,7 +80,9 @@ def test_training_flips(make_images: MakeImages) -> None:
 def test_a_chosen_transform_is_used_and_recorded(make_images: MakeImages) -> None:
     root = make_images("a.png")
     data = folder(root, transform=partial(RandomResizedCrop, scale=0.1))
-    assert data.protocol()["crop"] == "random square of area 0.1 to 1, to 16 (Pillow bicubic, antialiased)"
+    assert data.protocol()["crop"] == (
+        "random square of area 0.1 to 1, to 16 (Pillow bicubic, antialiased; smaller images are enlarged)"
+    )
     assert not torch.equal(data.fetch([0], epoch=0).images, folder(root).fetch([0], epoch=0).images)
     assert torch.equal(data.fetch([0], epoch=0).images, data.fetch([0], epoch=7).images)
 
@@ -115,7 +120,8 @@ def test_a_root_without_images_counts_what_it_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         folder(tmp_path)
     assert str(caught.value) == (
-        f"ImageFolder: no images in {tmp_path}: 2 files in 1 subfolders, none ends in .jpg, .jpeg, .png, .webp"
+        f"no images in {tmp_path}: 2 files in 1 subfolders, none ends in "
+        ".jpg, .jpeg, .jfif, .png, .webp, .bmp, .gif, .ppm, .pgm, .tif, .tiff"
     )
 
 
@@ -131,14 +137,62 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out_in_silence(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse_dogs)
-    with pytest.raises(PermissionError, match="Permission denied: '.*dog'"):
+    with pytest.raises(PermissionError) as caught:
         folder(root)
+    assert str(caught.value) == (
+        f"ImageFolder: 1 folders below {root} cannot be listed, first dog (Permission denied). "
+        "Make them readable, or move them away"
+    )
 
 
-def test_a_broken_file_is_named(make_images: MakeImages) -> None:
-    root = make_images("a.png", "b.png")
-    (root / "b.png").write_text("no image")
-    data = folder(root)
-    data.fetch([0], epoch=0)
-    with pytest.raises(ImageError, match=r"b\.png: cannot be read as an image \(cannot identify"):
-        data.fetch([0, 1], epoch=0)
+def test_a_list_of_classes_says_which_and_in_which_order(make_images: MakeImages) -> None:
+    root = make_images("cat/a.png", "dog/b.png", "owl/c.png", "loose.png", "dog/deep/d.png")
+    (root / "classes.txt").write_text("owl\tbird of the night\ndog\n")
+    data = folder(root, classes=str(root / "classes.txt"))
+    batch = data.fetch(range(len(data)), epoch=0)
+    assert data.classes == ["owl", "dog"] and batch.labels is not None
+    labels = dict(zip(batch.keys, batch.labels.tolist(), strict=True))
+    assert labels == {"dog/b.png": 1, "dog/deep/d.png": 1, "owl/c.png": 0}
+    protocol = data.protocol()
+    assert protocol["count"] == 3 and protocol["classes"] == 2
+    assert re.fullmatch(rf"{root}/classes.txt \(sha256 [0-9a-f]{{12}}\)", protocol["lists"]["classes"])  # type: ignore[index]
+    (root / "classes.txt").write_text("owls\n")
+    with pytest.raises(ValueError, match="owls: did you mean 'owl'?"):
+        folder(root, classes=str(root / "classes.txt"))
+
+
+def test_a_list_of_files_says_which_in_which_order_and_their_classes(make_images: MakeImages) -> None:
+    root = make_images("val_1.png", "val_2.png", "val_3.png", "sub/val_4.png")
+    (root / "val.txt").write_text("val_3.png 1\nval_1.png 0\nsub/val_4.png 1\nval_9.png 5\n")
+    data = folder(root, files=str(root / "val.txt"))
+    batch = data.fetch(range(len(data)), epoch=0)
+    assert batch.keys == ["val_3.png", "val_1.png", "sub/val_4.png"]
+    assert batch.labels is not None and batch.labels.tolist() == [1, 0, 1]
+    assert batch.broken == {"val_9.png": "No such file or directory"}  # named and counted like any other
+    assert data.classes == list("012345") and len(data) == 4
+
+    (root / "names.txt").write_text("cat small\ndog large\n")
+    (root / "val.txt").write_text("val_3.png dog\nval_1.png cat\n")
+    named = folder(root, files=str(root / "val.txt"), classes=str(root / "names.txt"))
+    labels = named.fetch([0, 1], epoch=0).labels
+    assert named.classes == ["cat", "dog"] and labels is not None and labels.tolist() == [1, 0]
+    assert set(named.protocol()["lists"]) == {"classes", "files"}  # type: ignore[call-overload]
+
+
+def test_the_protocol_can_be_stored_and_says_what_was_done(make_images: MakeImages) -> None:
+    protocol = folder(make_images("a.png")).protocol()
+    assert json.loads(json.dumps(protocol)) == protocol
+    assert protocol["crop"] == (
+        "shorter side to 16 (Pillow bicubic, antialiased; smaller images are enlarged), centre crop"
+    )
+    for fact in ("EXIF", "transparency over white", "first frame", "ICC profiles ignored"):
+        assert fact in str(protocol["decoding"])
+
+
+def test_bytes_become_floats_by_one_division(make_images: MakeImages) -> None:
+    data = folder(make_images("a.png", "b.png"), training=True)
+    read, fetched = data.read([1, 0], epoch=2), data.fetch([1, 0], epoch=2)
+    assert read.images.dtype == torch.uint8 and read.keys == fetched.keys
+    assert torch.equal(read.images.float() / 255, fetched.images) and fetched.images.is_contiguous()
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    assert torch.equal(in_unit_range(Batch(levels, ["a"], ["a"])).images, levels.float() / 255)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.data.stream import sequential
+from framework.data.stream import Sequential
 from framework.evaluation.rate_distortion import (
     RateDistortion,
     default_lengths,
@@ -176,7 +176,7 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
 
 def test_validation_errors_are_means_over_all_images_whatever_the_batches() -> None:
     levels = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0, 0.0])
-    result = validation_errors(pixel_tokenizer(), sequential(grey_images(), batch_size=4))
+    result = validation_errors(pixel_tokenizer(), Sequential(grey_images(), batch_size=4))
     mean = levels.square().mean().item()
     assert result == {"mse@1": pytest.approx(0.75 * mean), "mse@4": pytest.approx(0.0, abs=1e-9)}
-    assert list(validation_errors(pixel_tokenizer(), sequential(grey_images(), 4), [2])) == ["mse@2"]
+    assert list(validation_errors(pixel_tokenizer(), Sequential(grey_images(), 4), [2])) == ["mse@2"]
