@@ -30,7 +30,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.source), dotted(self.keys), self.message) if part)
+        return shorten(": ".join(part for part in (str(self.source), dotted(self.keys), self.message) if part), 2000)
 
 
 class ConfigError(Exception):
@@ -67,14 +67,18 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f": did you mean '{match}'?" if match else ""
 
 
+def shorten(text: str, length: int) -> str:
+    """The text, or its beginning with dots."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def show(value: Any) -> str:
     """A YAML value in words: ``null``, ``the string 'on'``, ``the number 3``, ``a mapping``."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = str(value).replace("\n", " ")
-    text = text if len(text) <= 60 else text[:57] + "..."
+    text = shorten(str(value).replace("\n", " "), 60)
     if isinstance(value, str):
         return f"the string '{text}'"
     return f"the number {text.replace('inf', '.inf').replace('nan', '.nan')}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from framework.config.errors import ConfigError, Keys, Problem, Source, nearest
+from framework.config.errors import ConfigError, Keys, Problem, Source, nearest, shorten
 from framework.config.references import References
 from framework.config.yaml import Config, parse
 
@@ -150,7 +150,7 @@ class _Override:
 
 
 def _parse_override(text: str) -> _Override:
-    source = Source(f"command line: {text}")
+    source = Source(f"command line: {shorten(text, 200)}")
     path, equals, value = text.partition("=")
     words = path.strip().split(".")
     if not equals or not all(words):

@@ -115,8 +115,9 @@ def parse(text: str, where: Callable[[int], Source]) -> Config:
     except yaml.reader.ReaderError as error:
         message = f"not valid YAML: the character {chr(error.character)!r} is not allowed"
         line = text[: error.position].count("\n") + 1
-    except RecursionError:
-        message, line = "not valid YAML: nested too deeply", 1
+    except (RecursionError, ValueError) as error:  # a character's number may be too large for PyYAML itself
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        message, line = f"not valid YAML: {reason}", 1
     raise ConfigError([Problem(where(line), (), message)])
 
 

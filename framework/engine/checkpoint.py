@@ -2,8 +2,9 @@
 
 ``checkpoints/step_00001200/`` holds ``model.safetensors`` (the task's state without frozen parts), ``ema.safetensors``
 (the model's averaged weights), ``trainer.pt`` (optimizers, generators, data position: tensors and plain containers) and
-``manifest.json`` with the size and SHA-256 of each. It is written under a name that ends in ``.partial``, the manifest
-last, and then renamed. The latest is found by looking, so there is no pointer that could be wrong.
+``manifest.json`` with the size and SHA-256 of each, and with what was measured at that step. It is written under a name
+that ends in ``.partial``, the manifest last, and then renamed. The latest and the best are found by looking, so there
+is no pointer that could be wrong.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
+import math
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,35 +46,44 @@ class Checkpoint:
         folder: where it is.
         step: steps taken when it was saved.
         frozen: digests of the frozen parts that it was trained with, by name.
+        files: what it holds.
+        metrics: finite numbers that were measured at this step, such as ``validation/mse``; none in older checkpoints.
     """
 
     folder: Path
     step: int
     frozen: Mapping[str, str]
+    files: frozenset[str]
+    metrics: Mapping[str, float]
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``model`` or ``ema``, on the CPU.
 
         Raises:
-            CheckpointError: if the checkpoint holds none of that name.
+            CheckpointError: if the checkpoint holds none of that name, or they cannot be read.
         """
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            held = ", ".join(sorted(file.stem for file in self.folder.glob("*.safetensors")))
-            raise CheckpointError(f"{self.folder} holds no weights named {name}, only {held}")
-        return safetensors.torch.load_file(path)
+        if f"{name}.safetensors" not in self.files:
+            held = ", ".join(sorted(Path(file).stem for file in self.files if file.endswith(".safetensors")))
+            raise CheckpointError(f"{self.folder} holds no weights named {name}, only {held or 'other files'}")
+        return read_weights(self.folder / f"{name}.safetensors")
 
     def state(self) -> dict[str, Any]:
         """The trainer's state.
 
         Raises:
-            CheckpointError: if reading it would run code that the file brings along.
+            CheckpointError: if reading it would run code that the file brings along, or it cannot be read.
         """
         path = self.folder / STATE
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{path} holds more than tensors and plain containers; not read: {error}") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            told = f"it asks for {code[1]}, and more than tensors and plain containers can run code" if code else ""
+            told = told or f"it is not a file of PyTorch's ({type(error).__name__})"
+            raise CheckpointError(f"{path} is not read: {told}") from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a trainer's state")
+        return state
 
     def check_frozen(self, here: Mapping[str, str]) -> None:
         """Compare frozen parts, as ``frozen_digests`` describes them, with those that the checkpoint was trained with.
@@ -90,43 +100,96 @@ class Checkpoint:
                 )
 
 
+class Best:
+    """Which checkpoint is the best: that with the lowest value of a metric, and the earliest of equals.
+
+    Args:
+        metric: as ``metrics.jsonl`` calls it, such as ``validation/mse``.
+        higher: the highest value instead.
+    """
+
+    def __init__(self, metric: str, higher: bool = False) -> None:
+        self.metric = metric
+        self.higher = higher
+
+    def of(self, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+        """The best of those that have the metric."""
+        having = [found for found in checkpoints if math.isfinite(found.metrics.get(self.metric, math.nan))]
+        return min(having, key=lambda found: (self._cost(found.metrics[self.metric]), found.step), default=None)
+
+    def is_better(self, value: float, than: Checkpoint | None) -> bool:
+        """Whether a value beats a checkpoint's; what is not finite beats none."""
+        return math.isfinite(value) and (than is None or self._cost(value) < self._cost(than.metrics[self.metric]))
+
+    def _cost(self, value: float) -> float:
+        return -value if self.higher else value
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify one checkpoint: manifest, sizes, digests.
 
     Raises:
         CheckpointError: saying what is wrong with it.
     """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not completely written") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is not readable JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST} is not one of this framework's")
-    body = manifest.get("body", {})
+        raise CheckpointError(f"{path} is not one of this framework's")
+    body: Any = manifest.get("body")
     if manifest.get("sha256") != _json_digest(body):
-        raise CheckpointError(f"{folder / MANIFEST} does not have the SHA-256 that it states: it was damaged")
-    if body["version"] > VERSION:
-        raise CheckpointError(
-            f"{folder} has format version {body['version']}, and this framework reads up to {VERSION}: update it"
-        )
-    for name, expected in body["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}: truncated?")
-        if files.digest(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} does not have the SHA-256 that it states: it was damaged")
+    try:
+        version = int(body["version"])
+        if version > VERSION:
+            raise CheckpointError(
+                f"{folder} has format version {version}, and this framework reads up to {VERSION}: update it"
+            )
+        for name, expected in body["files"].items():
+            _verify(folder / name, int(expected["bytes"]), expected["sha256"])
+        frozen = {name: str(sha256) for name, sha256 in body["frozen"].items()}
+        metrics = {name: float(value) for name, value in body.get("metrics", {}).items()}
+        return Checkpoint(folder, int(body["step"]), frozen, frozenset(body["files"]), metrics)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} does not hold what format version {VERSION} asks for: {error!r}") from error
+
+
+def _verify(path: Path, size: int, sha256: str) -> None:
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            raise CheckpointError(f"{path} has {actual} bytes instead of {size}: truncated?")
+        if files.digest(path) != sha256:
             raise CheckpointError(f"{path} does not have the SHA-256 of its manifest: its content was damaged")
-    return Checkpoint(folder, body["step"], body["frozen"])
+    except OSError as error:
+        told = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"{path} {told}") from error
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The directories in ``folder`` that are named as checkpoints, oldest step first, sound or not."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step_[0-9]{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def sound_checkpoints(folder: Path, warn: Callable[[str], None] = warnings.warn) -> Iterator[Checkpoint]:
+    """The sound checkpoints in ``folder``, newest first; ``warn`` is told about each that is skipped, and why."""
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            if path.exists():  # or the run that goes on has just removed it
+                warn(f"checkpoint skipped: {error}")
+        else:
+            yield checkpoint
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
@@ -139,36 +202,73 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None] = warnings.warn)
     Raises:
         CheckpointError: if there are checkpoints and none is sound: to start anew is not for a program to decide.
     """
-    found = checkpoint_folders(folder)
-    for path in reversed(found):
-        try:
-            return read_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"checkpoint skipped: {error}")
-    if found:
-        raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {folder} can be used (see the warnings before this); "
-            "restore one, or move the run directory aside to start anew"
-        )
+    while found := checkpoint_folders(folder):
+        for checkpoint in sound_checkpoints(folder, warn):
+            return checkpoint
+        if all(path.exists() for path in found):
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints in {folder} can be used (see the warnings before this); "
+                "restore one, or move the run directory aside to start anew"
+            )
     return None
 
 
+def best_checkpoint(folder: Path, best: Best, warn: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
+    """The best sound checkpoint in ``folder``, or ``None`` where none has the metric."""
+    while True:
+        found = checkpoint_folders(folder)
+        checkpoint = best.of(sound_checkpoints(folder, warn))
+        if all(path.exists() for path in found):  # or it may have been removed for a better one
+            return checkpoint
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, on the CPU.
+
+    Raises:
+        CheckpointError: if it is none, or is damaged.
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is not a .safetensors file, and other formats can run code when they are read. Convert it: "
+            f"safetensors.torch.save_file(torch.load('{path.name}', weights_only=True), 'weights.safetensors')"
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
 class CheckpointStore:
-    """Writes a run's checkpoints and keeps the newest ones.
+    """Writes a run's checkpoints and keeps the newest ones, and the best.
 
     Args:
         folder: the run's ``checkpoints``.
         keep_last: how many verified checkpoints stay.
+        best: which other one stays; none unless given.
+        warn: told where an old checkpoint cannot be removed.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, best: Best | None = None, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
         self.folder = folder
         self.keep_last = keep_last
-        self._verified: set[Path] = set()
+        self.best = best
+        self.warn = warn
+        self._verified: dict[Path, Checkpoint] = {}
 
-    def remove_partial(self) -> None:
-        """Remove what kills left half-written; only the process that trains in the run directory may."""
-        files.remove_partial(self.folder)
+    def tidy(self) -> None:
+        """Remove what kills left: half-written checkpoints, and those that are too old.
+
+        Only the process that trains in the run directory may.
+        """
+        try:
+            files.remove_partial(self.folder)
+            for path in self._too_old():
+                files.remove_folder(path)
+        except OSError as error:
+            self.warn(f"an old checkpoint could not be removed; it is tried again after the next one: {error}")
 
     def save(
         self,
@@ -176,6 +276,7 @@ class CheckpointStore:
         weights: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         frozen: Mapping[str, str],
+        metrics: Mapping[str, float] | None = None,
     ) -> Path:
         """Write one checkpoint, read it back, then remove those that are too old.
 
@@ -184,6 +285,7 @@ class CheckpointStore:
             weights: tensors by file (``model``, ``ema``) and name.
             state: of the trainer; tensors and plain containers.
             frozen: digests of the frozen parts.
+            metrics: what was measured at this step; what is not finite is left out.
 
         Raises:
             OSError: if it cannot be written, such as on a full disk; earlier checkpoints are then untouched.
@@ -196,35 +298,41 @@ class CheckpointStore:
             for name, content in _contents(weights, state):
                 files.write_bytes(partial / name, content)
                 entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            body = {"version": VERSION, "step": step, "files": entries, "frozen": dict(frozen)}
+            finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+            body = {"version": VERSION, "step": step, "files": entries, "frozen": dict(frozen), "metrics": finite}
             manifest = {"format": FORMAT, "body": body, "sha256": _json_digest(body)}
             files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             files.publish_folder(partial, target)
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, leave room
+            with suppress(OSError):
+                files.remove_partial(self.folder)  # on a full disk, leave room
             raise
-        read_checkpoint(target)
-        self._verified.add(target)
-        self._retain()
+        self._verified[target] = read_checkpoint(target)
+        self.tidy()
         return target
 
-    def _retain(self) -> None:
-        """Remove everything older than the ``keep_last`` newest verified checkpoints."""
-        sound = 0
-        for path in reversed(checkpoint_folders(self.folder)):
-            if sound == self.keep_last:
-                files.remove_folder(path)
-            elif self._is_sound(path):
-                sound += 1
+    def is_better(self, value: float) -> bool:
+        """Whether a value of the best's metric beats that of every verified checkpoint; never, where none is kept."""
+        return self.best is not None and self.best.is_better(value, self.best.of(self._sound()))
 
-    def _is_sound(self, path: Path) -> bool:
-        if path not in self._verified:
-            try:
-                read_checkpoint(path)
-            except CheckpointError:
-                return False
-            self._verified.add(path)
-        return True
+    def _too_old(self) -> list[Path]:
+        """Everything older than the ``keep_last`` newest verified checkpoints, except for the best."""
+        found = checkpoint_folders(self.folder)
+        if len(found) <= self.keep_last:
+            return []
+        sound = self._sound()
+        best = None if self.best is None else self.best.of(sound)
+        older = found[: found.index(sound[-self.keep_last :][0].folder)] if sound else []
+        return [path for path in older if best is None or path != best.folder]
+
+    def _sound(self) -> list[Checkpoint]:
+        """The verified checkpoints, oldest first; each is verified once."""
+        found = checkpoint_folders(self.folder)
+        for path in found:
+            if path not in self._verified:
+                with suppress(CheckpointError):
+                    self._verified[path] = read_checkpoint(path)
+        return [self._verified[path] for path in found if path in self._verified]
 
 
 def _contents(weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -238,7 +346,7 @@ def _contents(weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, A
     yield STATE, buffer.getvalue()
 
 
-def _json_digest(body: Mapping[str, Any]) -> str:
+def _json_digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,7 +4,8 @@ A file is either the old one or the new one, never a torn one: the content goes 
 is forced to the disk, and takes the name in one step. What a kill may leave behind ends in ``.partial`` and is
 overwritten or removed by the next run.
 
-``_write``, ``_fsync`` and ``_replace`` are the only places that touch the disk; tests replace them to inject faults.
+``_write``, ``_fsync``, ``_replace`` and ``_remove`` are the places that touch the disk; tests replace them to inject
+faults. Errors name the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +34,23 @@ def _replace(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file an error is about, since writing and syncing do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically and durably, making its folder if there is none.
 
@@ -40,12 +60,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + PARTIAL)
     try:
-        with open(temporary, "wb") as file:
+        with _naming(path), open(temporary, "wb") as file:
             _write(file, content)
             _fsync(file.fileno())
         _replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
     sync(path.parent)
 
@@ -58,43 +79,42 @@ def write_text(path: Path, text: str) -> None:
 def append_text(path: Path, text: str) -> None:
     """Add text at the end of a file; a kill may tear the last line, and ``sync`` makes it durable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with _naming(path), open(path, "ab") as file:
         _write(file, text.encode())
 
 
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def publish_folder(partial: Path, target: Path) -> None:
-    """Give a folder whose files are all written its final name, durably; a folder of that name is removed first."""
+    """Give a folder whose files are all written its final name, durably; what had that name is removed first."""
     sync(partial)
-    if target.exists():
+    if os.path.lexists(target):
         remove_folder(target)
     _replace(partial, target)
     sync(target.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill leaves it whole or under a name that ends in ``.partial``."""
+    """Remove a folder, or a link to one, so that a kill leaves it whole or under a name that ends in ``.partial``."""
     doomed = path.with_name(path.name + ".removed" + PARTIAL)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if os.path.lexists(doomed):
+        _remove(doomed)
     _replace(path, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
 
 
 def remove_partial(folder: Path) -> None:
     """Remove what killed writes and removals left in a folder; only the run that owns the folder may."""
     for path in folder.glob("*" + PARTIAL):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
 
 
 def digest(path: Path) -> str:

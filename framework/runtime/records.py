@@ -71,7 +71,7 @@ class Destination(ABC):
         return None
 
     def rewind(self, step: int) -> None:
-        """Forget the records after ``step``: the run goes on from there."""
+        """Forget the records after ``step``: the run goes on from there. Comes once, before the first record."""
         return None
 
     def sync(self) -> None:
@@ -107,26 +107,24 @@ class JsonLines(Destination):
         files.append_text(self.path, json.dumps(line, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Cut the file behind the last whole line of ``step`` or before."""
+        """Keep the whole lines of ``step`` and before; a line that a kill or the disk has damaged is lost."""
         if not self.path.exists():
             return
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = 0
-        while kept < len(lines) and _belongs(lines[kept], step):
-            kept += 1
-        if kept < len(lines):
-            files.write_text(self.path, "".join(lines[:kept]))
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _belongs(line, step)]
+        if len(kept) < len(lines):
+            files.write_bytes(self.path, b"".join(kept))
 
     def sync(self) -> None:
         if self.path.exists():
             files.sync(self.path)
 
 
-def _belongs(line: str, step: int) -> bool:
+def _belongs(line: bytes, step: int) -> bool:
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False  # torn by a kill
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 class LogFile(Destination):
@@ -204,14 +202,15 @@ class Records(Destination):
             destination.close()
 
 
-def run_records(folder: Path) -> Records:
-    """The usual set: ``metrics.jsonl``, ``timing.jsonl`` and ``log.txt`` in the run directory, and the terminal."""
+def run_records(folder: Path, others: Sequence[Destination] = ()) -> Records:
+    """``metrics.jsonl``, ``timing.jsonl`` and ``log.txt`` in the run directory, the terminal, and others."""
     return Records(
         [
             JsonLines(folder / "metrics.jsonl", "values"),
             JsonLines(folder / "timing.jsonl", "timings"),
             LogFile(folder / "log.txt"),
             ProgressBar() if sys.stderr.isatty() else PlainLines(),
+            *others,
         ]
     )
 

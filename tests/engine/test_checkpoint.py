@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from framework.engine.checkpoint import (
     MANIFEST,
+    Best,
     CheckpointError,
     CheckpointStore,
     _json_digest,
+    best_checkpoint,
     checkpoint_folders,
     latest_checkpoint,
     load_weights,
@@ -36,8 +39,8 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path, keep_last=2)
 
 
-def save(store: CheckpointStore, step: int) -> Path:
-    return store.save(step, WEIGHTS, STATE, {"judge": "abc"})
+def save(store: CheckpointStore, step: int, metrics: Mapping[str, float] | None = None) -> Path:
+    return store.save(step, WEIGHTS, STATE, {"judge": "abc"}, metrics)
 
 
 def names(folder: Path) -> list[str]:
@@ -145,6 +148,98 @@ def test_retention_counts_only_sound_checkpoints(store: CheckpointStore) -> None
     assert names(store.folder) == ["step_00000004", "step_00000005"]
 
 
+def kept(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoint_folders(folder)]
+
+
+def test_what_was_measured_comes_back_without_what_is_not_finite(store: CheckpointStore) -> None:
+    checkpoint = read_checkpoint(save(store, 1, {"a": 0.1, "b": math.nan, "c": -math.inf}))
+    assert checkpoint.metrics == {"a": 0.1}
+    assert read_checkpoint(save(store, 2)).metrics == {}
+
+
+def test_a_checkpoint_of_before_there_were_metrics_is_read(store: CheckpointStore) -> None:
+    old = save(store, 1)
+    change_manifest(old, lambda manifest: manifest["body"].pop("metrics"), sign=True)
+    assert read_checkpoint(old).metrics == {} and read_checkpoint(old).step == 1
+
+
+def test_the_best_stays_beside_the_last(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1, Best("mse"))
+    for step, value in [(1, 0.5), (2, 0.2), (3, math.nan), (4, 0.2), (5, 0.3)]:
+        save(store, step, {"mse": value, "other": -step})
+    save(store, 6)  # measured nothing
+    assert kept(tmp_path) == [2, 6]  # of equals the earlier one
+    found = best_checkpoint(tmp_path, Best("mse"))
+    assert found is not None and found.step == 2 and found.metrics["mse"] == 0.2
+    assert best_checkpoint(tmp_path, Best("none")) is None
+    save(store, 7, {"mse": 0.1})
+    assert kept(tmp_path) == [7]
+
+
+def test_the_best_may_be_the_highest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1, Best("psnr", higher=True))
+    for step, value in [(1, 20.0), (2, 30.0), (3, 10.0)]:
+        save(store, step, {"psnr": value})
+    assert kept(tmp_path) == [2, 3]
+
+
+def test_what_is_better_than_the_best_on_disk(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1, Best("mse"))
+    assert store.is_better(9.0) and not store.is_better(math.nan) and not store.is_better(-math.inf)
+    save(store, 1, {"mse": 0.5})
+    assert [store.is_better(value) for value in (0.4, 0.5, 0.6, math.nan)] == [True, False, False, False]
+    again = CheckpointStore(tmp_path, 1, Best("mse"))
+    assert again.is_better(0.4) and not again.is_better(0.5)
+    truncate(tmp_path / "step_00000001")
+    assert CheckpointStore(tmp_path, 1, Best("mse")).is_better(0.6)
+    assert not CheckpointStore(tmp_path, 1).is_better(0.0)
+
+
+def test_a_damaged_best_makes_room_for_the_next_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2, Best("mse"))
+    for step, value in [(1, 0.1), (2, 0.2), (3, 0.3)]:
+        save(store, step, {"mse": value})
+    truncate(tmp_path / "step_00000001")
+    store = CheckpointStore(tmp_path, 1, Best("mse"))
+    save(store, 4, {"mse": 0.4})
+    assert kept(tmp_path) == [2, 4]
+
+
+def test_steps_are_ordered_as_numbers(store: CheckpointStore) -> None:
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save(store, step)
+    assert kept(store.folder) == [100_000_000, 100_000_001]
+
+
+def test_a_link_to_a_checkpoint_is_one_and_only_the_link_is_removed(store: CheckpointStore, tmp_path: Path) -> None:
+    elsewhere = CheckpointStore(tmp_path / "elsewhere", 1)
+    (store.folder / "step_00000005").symlink_to(save(elsewhere, 5))
+    found = latest_checkpoint(store.folder)
+    assert found is not None and found.step == 5 and torch.equal(found.weights("model")["a.count"], torch.tensor(3))
+    for step in (6, 7):
+        save(store, step)
+    assert kept(store.folder) == [6, 7]
+    assert read_checkpoint(elsewhere.folder / "step_00000005").step == 5
+
+
+def test_a_removal_that_fails_is_told_and_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    store = CheckpointStore(tmp_path, 1, warn=said.append)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    save(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", fail)
+        save(store, 2)
+    assert kept(tmp_path) == [2] and names(tmp_path) == ["step_00000001.removed.partial", "step_00000002"]
+    assert len(said) == 1 and "could not be removed" in said[0] and "step_00000001" in said[0]
+    save(store, 3)
+    assert names(tmp_path) == ["step_00000003"] and len(said) == 1
+
+
 def test_a_broken_checkpoint_is_written_over(store: CheckpointStore) -> None:
     truncate(save(store, 5))
     save(store, 5)
@@ -157,8 +252,12 @@ def test_what_kills_left_is_no_checkpoint_and_is_removed(store: CheckpointStore)
     (store.folder / "step_00000010.partial").mkdir()
     (store.folder / "step_00000003.removed.partial").mkdir()
     assert [path.name for path in checkpoint_folders(store.folder)] == ["step_00000005"]
-    store.remove_partial()
+    store.tidy()
     assert names(store.folder) == ["step_00000005"]
+    for step in (6, 7):
+        save(CheckpointStore(store.folder, 3), step)
+    store.tidy()  # a kill came between saving 7 and removing 5
+    assert names(store.folder) == ["step_00000006", "step_00000007"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_frees_what_it_took(
@@ -191,7 +290,7 @@ def test_a_write_that_reads_back_wrong_removes_no_older_checkpoint(
 
 def test_a_state_that_would_run_code_is_refused(store: CheckpointStore) -> None:
     checkpoint = read_checkpoint(store.save(1, WEIGHTS, {"settings": Path("a")}, {}))
-    with pytest.raises(CheckpointError, match="trainer.pt holds more than tensors and plain containers"):
+    with pytest.raises(CheckpointError, match="trainer.pt is not read: it asks for pathlib.PosixPath, and more than"):
         checkpoint.state()
 
 

@@ -1,0 +1,1 @@
+"""Faults on purpose: kills, full disks and damaged files, and what a run makes of them."""
