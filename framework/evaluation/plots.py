@@ -6,7 +6,7 @@ Shapes: images (3, h, w) in [0, 1], on the CPU.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -23,13 +23,19 @@ from framework.evaluation.rate_distortion import RateDistortion, reconstructions
 from framework.runtime.files import write_bytes
 from framework.tokenizers.tokenizer import Tokenizer
 
-COLOURS = ("#1f5a92", "#c4572e", "#4d8a57", "#7d5a9e")
+COLOURS = ("#1f5a92", "#c4572e", "#4d8a57", "#7d5a9e", "#d19a1e", "#2a9d9d", "#c75a93", "#4a4a4a")
 """One for each curve, in order."""
+
+MARKERS = "osD^vPXh"
+"""One for each curve where there are many, so that colours alone need not tell them apart."""
 
 STYLES = (":", "--", "-")
 """One for each threshold, the strictest first."""
 
 GREY = "#6b6b6b"
+Curves = Mapping[str, Mapping[int, Sequence[float]]]
+"""By the name in the legend, then by length: one value for each seed."""
+
 DOTS_PER_INCH = 100
 SHEET_WIDTH = 1600
 """Pixels at most: wide enough for a README."""
@@ -79,6 +85,39 @@ def _plot_images(axes: Axes, curve: RateDistortion) -> None:
     lines[0].set_label("single images")
     low, high = curve.intervals
     axes.fill_between(curve.lengths, low, high, color=COLOURS[0], alpha=0.16, linewidth=0, label="95% interval")
+
+
+def plot_curves(panels: Mapping[str, Curves], errors: Collection[str], path: Path) -> None:
+    """Metrics against kept tokens: means over seeds as lines, from the lowest to the highest seed as a band.
+
+    Args:
+        panels: by metric.
+        errors: metrics that are better lower; their axis is logarithmic where all values are positive.
+        path: where to write, as a PNG.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    height = 6 + 0.35 * (len(names) + 1) // 2
+    width = 12 if len(panels) == 1 else 8 * len(panels)
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    for axes, (metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, curve in curves.items():
+            at = names.index(name)
+            colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
+            lengths = sorted(curve)
+            means = [sum(curve[length]) / len(curve[length]) for length in lengths]
+            axes.plot(lengths, means, color=colour, linewidth=2.2, marker=marker, markersize=7, label=name)
+            low, high = ([pick(curve[length]) for length in lengths] for pick in (min, max))
+            axes.fill_between(lengths, low, high, color=colour, alpha=0.16, linewidth=0)
+        _style(axes, sorted({length for curve in curves.values() for length in curve}))
+        axes.set_title(f"{metric}, mean and range over seeds", loc="left", size=18)
+        if metric in errors and min(min(seeds) for curve in curves.values() for seeds in curve.values()) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=13, ncols=2, loc="outside lower center")
+    _write(figure, path)
 
 
 def _style(axes: Axes, lengths: Sequence[int]) -> None:
