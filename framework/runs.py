@@ -6,27 +6,32 @@ A run directory holds ``config.yaml`` (every default written), ``run.json`` (com
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
-import json
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import framework.components  # noqa: F401 - registers every part
 from framework.config import Config, build, dump_yaml, load_config, resolve
-from framework.engine.checkpoint import Checkpoint, latest_checkpoint, load_weights
+from framework.engine import run_directory
+from framework.engine.checkpoint import (
+    Best,
+    Checkpoint,
+    CheckpointError,
+    best_checkpoint,
+    checkpoint_folders,
+    latest_checkpoint,
+    load_weights,
+    read_weights,
+)
 from framework.engine.experiment import Experiment
 from framework.engine.frozen import frozen_digests, live_state
 from framework.engine.plan import plan
+from framework.engine.profiler import profile_training
+from framework.engine.run_directory import RunError as RunError
+from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome
 from framework.evaluation.report import compare_tokenizers
 from framework.runtime.files import write_text
@@ -35,11 +40,8 @@ from framework.tasks.interface import Report
 from framework.tokenizers.tokenizer import Tokenizer
 
 Weights = Literal["ema", "model"]
+Which = Literal["latest", "best"]
 Split = Literal["train", "validation", "test"]
-
-
-class RunError(Exception):
-    """A run cannot go on; the text says why, and what to do."""
 
 
 def find_config(path: str) -> Path:
@@ -68,13 +70,29 @@ def experiment_from(config: Config, device: str = "cpu") -> Experiment:
         return build(config, Experiment, load_weights=_skip if device == "meta" else load_part)
 
 
+def check(config: Config) -> None:
+    """Find what is wrong with a run without building anything.
+
+    Raises:
+        ConfigError: with all that is wrong in the configuration.
+        RunError: if a tracker's package is not installed.
+    """
+    for tracker in resolve(config, Experiment)["run"]["trackers"]:
+        try:
+            TRACKERS.get(tracker["name"]).require()
+        except ValueError as error:
+            raise RunError(f"run.trackers: {error}") from error
+
+
 def dry_run(config: Config) -> str:
     """The plan of a run, from parts built without memory for weights.
 
     Raises:
         ConfigError: if the configuration is wrong, or parts do not fit each other.
-        RunError: if the optimizers do not fit what is trained.
+        RunError: as ``check``; or if the optimizers do not fit what is trained.
+        CheckpointError: if the weights of ``train.init_from`` do not fit.
     """
+    check(config)
     experiment = experiment_from(config, device="meta")
     try:
         return plan(experiment)
@@ -91,14 +109,17 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
         fresh: move an older run of that directory aside instead of continuing it.
 
     Raises:
-        ConfigError: if the configuration is wrong.
-        RunError: if the directory holds a run of another configuration, or the optimizers do not fit what is trained.
+        ConfigError: if the configuration is wrong, or a tracker's package is not installed.
+        CheckpointError: if there are checkpoints that cannot be continued, or the weights of ``train.init_from`` do
+            not fit.
+        RunError: if the directory holds a run of another configuration or another process trains there, if the
+            optimizers do not fit what is trained, or if files cannot be read or written, such as on a full disk.
     """
     text = dump_yaml(resolve(config, Experiment))
     folder = Path(config.tree["run"]["dir"])
     if not fresh:
-        _refuse_another(folder, text)
-        if _is_finished(folder):
+        run_directory.refuse_another(folder, text)
+        if run_directory.is_finished(folder):
             step = _checkpoint(folder).step
             say(f"{folder} is finished: {step} steps. Train longer or anew in another run.dir, or with --fresh.")
             _say_results(folder / "evaluation", say)
@@ -107,21 +128,54 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
     _use_threads(experiment)
     try:
         trainer = experiment.trainer
+        starts = fresh or not checkpoint_folders(folder / "checkpoints")
+        inheritance = trainer.take_over() if starts else None
     except ValueError as error:
         raise RunError(str(error)) from error
     if fresh and folder.exists():
-        say(f"moved the older run to {_move_aside(folder)}")
-    write_text(folder / "config.yaml", text)
-    sessions = [*_sessions(folder), _session()]
-    _record(folder, sessions)
-    outcome = trainer.fit()
-    if outcome.status == "stopped":
-        say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
-    else:
-        _evaluate(experiment, folder, "validation", folder / "evaluation", say)
-    sessions[-1] |= {"ended": _now(), "outcome": outcome.status, "step": outcome.step}
-    _record(folder, sessions)
+        with run_directory.hold(folder, say):
+            say(f"moved the older run to {run_directory.move_aside(folder)}")
+    with run_directory.hold(folder, say):
+        write_text(folder / "config.yaml", text)
+        run_directory.record_start(folder, {} if inheritance is None else {"init_from": inheritance.record})
+        outcome = trainer.fit()
+        if outcome.status == "stopped":
+            say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
+        else:
+            _evaluate(experiment, folder, "validation", folder / "evaluation", say)
+        run_directory.record_end(folder, outcome.status, outcome.step)
     return outcome
+
+
+def profile(config: Config, say: Callable[[str], None]) -> Path:
+    """Profile a few training steps; returns ``profile/`` in the run directory, where nothing else is written.
+
+    Raises:
+        ConfigError, RunError: as ``train``.
+    """
+    folder = Path(config.tree["run"]["dir"])
+    run_directory.refuse_another(folder, dump_yaml(resolve(config, Experiment)))
+    experiment = experiment_from(config)
+    _use_threads(experiment)
+    try:
+        results = profile_training(experiment)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    say((results / "table.txt").read_text().partition("\n\n")[0])
+    say(f"results: {results / 'table.txt'} {results / 'trace.json'}")
+    return results
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run of a configuration has come to its end, evaluation included, so that nothing is left to do.
+
+    Raises:
+        ConfigError: if the configuration is wrong.
+        RunError: if the directory holds a run of another configuration.
+    """
+    folder = Path(config.tree["run"]["dir"])
+    run_directory.refuse_another(folder, dump_yaml(resolve(config, Experiment)))
+    return run_directory.is_finished(folder)
 
 
 def evaluate(
@@ -131,6 +185,7 @@ def evaluate(
     out: Path | None = None,
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
+    checkpoint: Which = "latest",
 ) -> Path:
     """Evaluate a run's averaged weights on a split of its data; returns the folder of the results.
 
@@ -141,11 +196,12 @@ def evaluate(
         out: where results go; ``evaluation_SPLIT`` of the run unless given, beside its own ``evaluation``.
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
+        checkpoint: the latest, or the best as ``train.best`` says.
     """
     experiment = experiment_from(_config(folder))
     _use_threads(experiment)
-    out = out or folder / f"evaluation_{split}"
-    _evaluate(experiment, folder, split, out, say, lengths, limit)
+    out = out or folder / f"evaluation_{split}{'' if checkpoint == 'latest' else '_best'}"
+    _evaluate(experiment, folder, split, out, say, lengths, limit, checkpoint)
     return out
 
 
@@ -186,21 +242,22 @@ def compare(
     say(f"results: {out / 'comparison.md'} {out / 'comparison.png'}")
 
 
-def load(path: str | Path, weights: Weights | None = None) -> nn.Module:
-    """The model that a run has trained, in eval mode on the CPU.
+def load(path: str | Path, weights: Weights | None = None, checkpoint: Which = "latest") -> nn.Module:
+    """The model that a run has trained, in eval mode on the CPU; the run may still go on.
 
     Args:
         path: a run directory.
         weights: ``ema`` for averaged weights, ``model`` for those of the last step; unless given, averaged ones where
             there are some.
+        checkpoint: the latest, or the best as ``train.best`` says.
 
     Raises:
-        RunError: if the directory holds no run or no checkpoint yet.
+        RunError: if the directory holds no run or no such checkpoint yet.
         CheckpointError: if the weights do not fit the configuration.
     """
     folder = Path(path)
     experiment = experiment_from(_config(folder))
-    _restore(experiment, folder, weights)
+    _restore(experiment, folder, weights, checkpoint)
     return experiment.task.model.eval()
 
 
@@ -215,13 +272,13 @@ def load_part(module: nn.Module, source: str, path: str) -> None:
 
     Raises:
         RunError: if the source is neither.
-        CheckpointError: if names or shapes differ.
+        CheckpointError: if names or shapes differ, or the file is damaged or of another format.
     """
-    if source.endswith(".safetensors"):
-        if not Path(source).is_file():
-            raise RunError(f"{path}: there is no file {source} to take weights from")
-        load_weights(module, load_file(source), source)
+    if Path(source).is_file():
+        load_weights(module, read_weights(Path(source)), source)
         return
+    if source.endswith(".safetensors"):
+        raise RunError(f"{path}: there is no file {source} to take weights from")
     donor = experiment_from(_config(Path(source)))
     _restore(donor, Path(source), None)
     try:
@@ -245,22 +302,36 @@ def _config(folder: Path) -> Config:
     return load_config(file)
 
 
-def _checkpoint(folder: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+def _checkpoint(folder: Path, best: Best | None = None) -> Checkpoint:
+    """The latest checkpoint of a run, or the best."""
+    checkpoints = folder / "checkpoints"
+    checkpoint = latest_checkpoint(checkpoints) if best is None else best_checkpoint(checkpoints, best)
     if checkpoint is None:
-        raise RunError(f"{folder} has no checkpoint yet: its training has not come that far")
+        which = "checkpoint" if best is None else f"checkpoint with {best.metric}"
+        raise RunError(f"{folder} has no {which} yet: its training has not come that far")
     return checkpoint
 
 
-def _restore(experiment: Experiment, folder: Path, weights: Weights | None) -> dict[str, object]:
+def _restore(
+    experiment: Experiment, folder: Path, weights: Weights | None, which: Which = "latest"
+) -> dict[str, object]:
     """Load a run's weights into its model and say which they are."""
-    checkpoint = _checkpoint(folder)
-    model = experiment.task.model
-    checkpoint.check_frozen(frozen_digests(experiment.task))
-    load_weights(experiment.task, checkpoint.weights("model"), checkpoint.folder)
+    model, best = experiment.task.model, experiment.train.best if which == "best" else None
+    if which == "best" and best is None:
+        raise RunError(f"{folder} keeps no best checkpoint: its configuration has no train.best")
     chosen = weights or ("model" if experiment.train.ema_decay is None else "ema")
+    while True:
+        checkpoint = _checkpoint(folder, best)
+        try:
+            read = {name: checkpoint.weights(name) for name in {"model", chosen}}
+            break
+        except CheckpointError:
+            if checkpoint.folder.exists():
+                raise  # else the run goes on, and has just removed it for a newer one
+    checkpoint.check_frozen(frozen_digests(experiment.task))
+    load_weights(experiment.task, read["model"], checkpoint.folder)
     if chosen == "ema":
-        load_weights(model, checkpoint.weights("ema"), checkpoint.folder)
+        load_weights(model, read["ema"], checkpoint.folder)
     return {"run": str(folder), "step": checkpoint.step, "weights": chosen, "seed": experiment.run.seed}
 
 
@@ -272,8 +343,9 @@ def _evaluate(
     say: Callable[[str], None],
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
+    which: Which = "latest",
 ) -> None:
-    record = _restore(experiment, folder, None)
+    record = _restore(experiment, folder, None, which)
     data = experiment.data
     experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
@@ -289,69 +361,3 @@ def _say_results(folder: Path, say: Callable[[str], None]) -> None:
 def _use_threads(experiment: Experiment) -> None:
     if experiment.run.threads is not None:
         torch.set_num_threads(experiment.run.threads)
-
-
-def _refuse_another(folder: Path, text: str) -> None:
-    """Raise if the directory holds a run of another configuration than ``text``."""
-    file = folder / "config.yaml"
-    old = file.read_text() if file.exists() else text
-    if old != text:
-        changes = difflib.unified_diff(
-            old.splitlines(), text.splitlines(), f"{file} (what runs there)", "this configuration", lineterm="", n=0
-        )
-        raise RunError(
-            f"{folder} holds a run of another configuration. Choose another run.dir, or start anew with --fresh, which "
-            "moves the old run aside:\n" + "\n".join(changes)
-        )
-
-
-def _move_aside(folder: Path) -> Path:
-    target = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.rename(target)
-    return target
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether training came to its end and its evaluation, after which nothing is left to do."""
-    sessions = _sessions(folder)
-    return bool(sessions) and sessions[-1].get("outcome") == "finished" and (folder / "evaluation/table.md").exists()
-
-
-def _sessions(folder: Path) -> list[dict[str, object]]:
-    """The starts of the run that ``run.json`` tells of."""
-    file = folder / "run.json"
-    return json.loads(file.read_text())["sessions"] if file.exists() else []
-
-
-def _record(folder: Path, sessions: list[dict[str, object]]) -> None:
-    write_text(folder / "run.json", json.dumps({"sessions": sessions}, indent=1) + "\n")
-
-
-def _session() -> dict[str, object]:
-    """What is worth knowing about this start of the run."""
-    names = ("torch", "torchvision", "numpy", "einops", "fvcore")
-    return {
-        "started": _now(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "git": _git_commit(),
-        "host": platform.node(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _git_commit() -> str | None:
-    """The commit of the framework's checkout, with a mark where files differ from it."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

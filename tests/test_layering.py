@@ -25,6 +25,7 @@ LEVELS = [
     ("framework.tasks",),
     ("framework.engine",),
     ("framework.runs", "framework.launch"),
+    ("framework.ablation",),
     ("projects", "tools"),
 ]
 # They exist to name every part, or to be the front door.

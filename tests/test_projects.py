@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from framework import runs
+from framework.ablation.grid import load_grid
 from framework.config import Config, ConfigError, check, load_config, resolve
 from framework.engine.experiment import Experiment
 from framework.nn.transformer import SelfAttention, Transformer
@@ -22,6 +23,7 @@ RUNS = sorted(
     for path in (ROOT / "projects").rglob("*.yaml")
     if "run" in yaml.safe_load(path.read_text())
 )
+GRIDS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "projects").glob("*/ablations/*.yaml"))
 TITOK = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 
 
@@ -61,6 +63,18 @@ def test_a_draw_of_lengths_fits_the_encoder(name: str, tmp_path: Path, monkeypat
     assert isinstance(tokenizer, Tokenizer)
     lengths = tokenizer.draw_lengths(64, 0.5, torch.Generator().manual_seed(0))
     assert 1 <= lengths.min() and lengths.max() <= tokenizer.num_tokens
+
+
+def test_grids_are_found() -> None:
+    assert "projects/adatok/ablations/masking.yaml" in GRIDS
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_cell_of_a_grid_fits_together(name: str) -> None:
+    grid, cells = load_grid(ROOT / name, ["data.train.num_crops=200"])
+    assert len(cells) == len(grid.seeds) * len({cell.labels for cell in cells}) > 1
+    for cell in cells[: len(cells) // len(grid.seeds)]:
+        assert str(cell.folder) in runs.dry_run(cell.config)
 
 
 def test_the_imagenet_run_is_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def test_what_a_finished_run_leaves(tiny_run: Path) -> None:
     assert left == {
         "config.yaml",
         "run.json",
+        "run.lock",
         "metrics.jsonl",
         "timing.jsonl",
         "log.txt",

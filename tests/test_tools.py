@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from framework.tokenizers.interface import QUANTIZERS
 from tests.tiny_run import ROOT, TINY, files_of, run_tool, train_tiny
@@ -103,7 +104,7 @@ def test_train_twice_and_anew(
     assert f"{folder} is finished: 2 steps" in capsys.readouterr().out
     assert run_tool(monkeypatch, "train_net", *command, "run.seed=1") == 2
     out, err = capsys.readouterr()
-    assert "of another configuration" in err and "+run: {dir:" in err and "seed: 1" in err
+    assert "of another configuration" in err and "-  seed: 0\n+  seed: 1" in err
     assert run_tool(monkeypatch, "train_net", *command, "run.seed=1", "--fresh") == 0
     assert "moved the older run to" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
 
@@ -203,6 +204,42 @@ def test_info_lists_one_axis(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "dim: int = 16" in out
     assert run_tool(monkeypatch, "info", "components", "quantiser") == 2
     assert "unknown axis 'quantiser': did you mean 'quantizer'?" in capsys.readouterr().err
+
+
+def test_info_tells_of_a_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "images", tmp_path / "lists/broken.txt"
+    root.mkdir()
+    Image.new("RGB", (30, 20)).save(root / "a.png")
+    command = ["data", root, "--workers", "0", "--decode", "5", "--out", out]
+    assert run_tool(monkeypatch, "info", *command) == 0
+    assert "decoded: 1 of 1" in capsys.readouterr().out and out.read_text() == ""
+    (root / "b.png").touch()
+    assert run_tool(monkeypatch, "info", *command) == 1
+    assert "broken images: 1\n  the file is empty: 1 (b.png)" in capsys.readouterr().out
+    assert out.read_text() == "b.png\tthe file is empty\n"
+    assert run_tool(monkeypatch, "info", "data", tmp_path / "nowhere") == 2
+    assert f"the folder {tmp_path}/nowhere does not exist" in capsys.readouterr().err
+
+
+# benchmark.py
+
+
+def test_loading_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / "cat/a.png")
+    sizes = ["--image-size", "16", "--batch", "2", "--rounds", "1"]
+    assert run_tool(monkeypatch, "benchmark", "data", "--root", tmp_path, *sizes, "--workers", "0", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("0 workers, 16x16, ") and lines[6].startswith("1 workers, 16x16, ")
+    assert "1 alternating rounds of 8 images" in lines[1]
+    for table in (lines[3:6], lines[9:12]):
+        assert [line[:14].strip() for line in table] == ["decode only", "Stream", "torchvision"]
+    assert run_tool(monkeypatch, "benchmark", "data", "--root", tmp_path / "nowhere") == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_several_runs_are_compared(

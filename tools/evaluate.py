@@ -21,11 +21,14 @@ def main() -> int:
     parser.add_argument("--run", required=True, type=Path, nargs="+", metavar="DIR", help="run directories")
     parser.add_argument("--split", choices=("validation", "test", "train"), default="validation", help="which images")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="kept tokens to measure, increasing")
+    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="which; best of train.best")
     parser.add_argument("--limit", type=int, metavar="N", help="measure N images only, always the same")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results; evaluation_SPLIT of the run unless given")
     arguments = parser.parse_args()
     if len(arguments.run) > 1 and arguments.out is None:
         parser.error("to compare several runs, say where the results go: --out DIR")
+    if len(arguments.run) > 1 and arguments.checkpoint == "best":
+        parser.error("several runs are compared by their latest checkpoints")
     measured = {"split": arguments.split, "lengths": arguments.lengths, "limit": arguments.limit}
 
     from framework import runs
@@ -36,7 +39,7 @@ def main() -> int:
         if len(arguments.run) > 1:
             runs.compare(arguments.run, print, arguments.out, **measured)
         else:
-            runs.evaluate(arguments.run[0], print, out=arguments.out, **measured)
+            runs.evaluate(arguments.run[0], print, out=arguments.out, checkpoint=arguments.checkpoint, **measured)
     except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ examples:
   python tools/train_net.py --config projects/adatok/ntm.yaml train.max_steps=500 run.dir=runs/short
   python tools/train_net.py --config projects/adatok/ntm.yaml run.dir=runs/mine \\
       data.train.name=ImageFolder data.train.root=photos
+  python tools/train_net.py --config projects/adatok/ntm.yaml --profile
 """
 
 
@@ -20,25 +21,29 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="changes to it, in YAML")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as run.seed=N")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="only check the configuration, and list all that is wrong")
     only.add_argument("--dry-run", action="store_true", help="only build, and print parameters, operations and steps")
+    only.add_argument("--profile", action="store_true", help="time ten steps aside; leave a trace and a table")
     only.add_argument("--fresh", action="store_true", help="move an older run aside, and start anew")
     arguments = parser.parse_intermixed_args()  # changes may stand before and after --check
 
     from framework import runs
-    from framework.config import ConfigError, check, load_config
+    from framework.config import ConfigError, load_config
     from framework.engine.checkpoint import CheckpointError
-    from framework.engine.experiment import Experiment
     from framework.engine.turns import NonFiniteError
 
+    overrides = arguments.overrides + ([] if arguments.seed is None else [f"run.seed={arguments.seed}"])
     try:
-        config = load_config(runs.find_config(arguments.config), arguments.overrides)
+        config = load_config(runs.find_config(arguments.config), overrides)
         if arguments.check:
-            check(config, Experiment)
+            runs.check(config)
             print(f"{arguments.config} is right")
         elif arguments.dry_run:
             print(runs.dry_run(config))
+        elif arguments.profile:
+            runs.profile(config, print)
         else:
             outcome = runs.train(config, print, fresh=arguments.fresh)
             return 0 if outcome.status == "finished" else 130

@@ -10,7 +10,9 @@ import torch
 
 from framework.config.registry import Factory
 from framework.data.data import Data
+from framework.engine.trackers import Tracker
 from framework.engine.trainer import Trainer, Training
+from framework.runtime.records import run_records
 from framework.tasks.interface import Task
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -23,15 +25,22 @@ class RunOptions:
         seed: of initial weights, data order, augmentation and drawn lengths.
         device: ``auto`` takes CUDA where there is one.
         threads: CPU threads; ``null`` for all cores. Another number changes the last bits of results.
+        trackers: dashboards that the numbers also go to, such as ``[{name: TensorBoard}]``.
     """
 
     def __init__(
-        self, dir: str, seed: int = 0, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None
+        self,
+        dir: str,
+        seed: int = 0,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int | None = None,
+        trackers: tuple[Factory[Tracker], ...] = (),
     ) -> None:
         self.dir = Path(dir)
         self.seed = seed
         self.device = device
         self.threads = threads
+        self.trackers = trackers
 
     def torch_device(self) -> torch.device:
         """The device, with ``auto`` decided.
@@ -71,7 +80,12 @@ class Experiment:
 
     @cached_property
     def trainer(self) -> Trainer:
-        """The engine over this experiment's parts; the models move to the run's device."""
+        """The engine over this experiment's parts; the models move to the run's device.
+
+        Raises:
+            ConfigError: if a tracker's package is not installed.
+            ValueError: as ``Trainer``.
+        """
         return Trainer(
             self.task,
             self.data.train,
@@ -81,4 +95,5 @@ class Experiment:
             folder=self.run.dir,
             num_workers=self.data.num_workers,
             device=self.run.torch_device(),
+            records=run_records(self.run.dir, [tracker(folder=self.run.dir) for tracker in self.run.trackers]),
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
+
+Phase = Callable[[str], AbstractContextManager[object]]
+"""What a step enters around its phases, by their names; a profiler's ``record_function``, unless one measures more."""
 
 
 class Means:

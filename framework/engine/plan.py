@@ -86,8 +86,11 @@ def plan(experiment: Experiment) -> str:
 
     Raises:
         ValueError: if the optimizers do not fit the task's turns and parameters.
+        CheckpointError: if the weights of ``train.init_from`` do not fit.
     """
     make_turns(experiment.task, experiment.train)
+    if experiment.train.init_from is not None:
+        experiment.train.init_from.match(experiment.task)
     tokenizer, train, data = experiment.task.model, experiment.train, experiment.data
     rows = [count_parameters(name, child) for name, child in tokenizer.named_children()]
     rows.append(count_parameters("total", experiment.task))
@@ -100,8 +103,9 @@ def plan(experiment: Experiment) -> str:
         )
     num_images = train.max_steps * train.batch_size
     epochs = num_images / len(data.train)
+    parts = "" if train.accumulate == 1 else f" in {train.accumulate} micro-batches"
     lines.append(
-        f"training: {train.max_steps:,} steps of {train.batch_size} images = {num_images:,} images "
+        f"training: {train.max_steps:,} steps of {train.batch_size} images{parts} = {num_images:,} images "
         f"= {epochs:.2f} epochs of {len(data.train):,}"
     )
     lines.append(f"run directory: {experiment.run.dir}, seed {experiment.run.seed}")

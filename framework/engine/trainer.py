@@ -8,24 +8,29 @@ order and metric lines are bit for bit those of a run that was never stopped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
+from framework.config.errors import did_you_mean
 from framework.config.registry import Factory
 from framework.data.interface import Batch, ImageData
-from framework.data.stream import Stream, sequential
-from framework.engine.checkpoint import CheckpointStore, latest_checkpoint, load_weights
+from framework.data.stream import Sequential, Stream
+from framework.engine.acceleration import compiled_blocks, recompute_blocks
+from framework.engine.checkpoint import Best, CheckpointError, CheckpointStore, latest_checkpoint, load_weights
 from framework.engine.ema import ExponentialMovingAverage
 from framework.engine.frozen import frozen_digests, live_state, train_mode
-from framework.engine.meters import Means, Stopwatch
+from framework.engine.init_from import Inheritance, InitFrom
+from framework.engine.meters import Means, Phase, Stopwatch
 from framework.engine.optimizers import Optimizer
 from framework.engine.schedules import Schedule
 from framework.engine.stop import StopFlag
-from framework.engine.turns import TurnTraining, share_parameters
+from framework.engine.turns import TurnTraining, freeze, micro_batches, share_parameters
 from framework.runtime.records import Destination, Record, peak_memory_mib, run_records
 from framework.runtime.rng import Generators, global_state, set_global_state
 from framework.tasks.interface import Context, Task
@@ -48,9 +53,20 @@ class Training:
         validate_images: how many held-out images a validation reads, always the same random ones.
         checkpoint_every: steps between checkpoints.
         keep_last: how many verified checkpoints stay on disk.
+        best: also keep the best checkpoint by a metric of validations, such as ``{metric: validation/mse@16}``; one is
+            saved whenever a validation improves on it.
+        accumulate: equal micro-batches that a step's images are split into, to fit memory. The step is that of the
+            whole batch, to the rounding of floats, where losses are means over images and random numbers are drawn
+            for each image.
+        recompute: activation checkpointing: keep the transformer blocks' inputs only, and compute what lies between
+            again going backward; the same numbers for less memory and about a third more time.
+        compile: compile the transformer blocks (torch.compile); takes a minute at each start and changes last bits.
+        freeze: globs over the task's parameters that are not trained. They stay in checkpoints and in the average,
+            unlike a part with ``frozen: true``, and their modules in training mode.
+        init_from: another run whose weights this one starts from.
 
     Raises:
-        ValueError: if a count is below 1 or ``clip_norm`` is not positive.
+        ValueError: if a count is below 1, ``clip_norm`` not positive, or ``batch_size`` no multiple of ``accumulate``.
     """
 
     def __init__(
@@ -68,6 +84,12 @@ class Training:
         validate_images: int = 512,
         checkpoint_every: int = 500,
         keep_last: int = 2,
+        best: Best | None = None,
+        accumulate: int = 1,
+        recompute: bool = False,
+        compile: bool = False,
+        freeze: tuple[str, ...] = (),
+        init_from: InitFrom | None = None,
     ) -> None:
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -76,17 +98,28 @@ class Training:
         self.validate_images = validate_images
         self.checkpoint_every = checkpoint_every
         self.keep_last = keep_last
+        self.accumulate = accumulate
         for name, count in vars(self).items():
             if count < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {count}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"train.clip_norm must be positive, or null for no clipping; got {clip_norm}")
+        if batch_size % accumulate:
+            raise ValueError(
+                f"train.batch_size must be a multiple of train.accumulate, got {batch_size} images in {accumulate} "
+                f"micro-batches: the nearest are {batch_size - batch_size % accumulate or accumulate} images"
+            )
         self.optimizer = optimizer
         self.schedule = schedule
         self.turn_optimizers = turn_optimizers or {}
         self.clip_norm = clip_norm
         self.precision = precision
         self.ema_decay = ema_decay
+        self.best = best
+        self.recompute = recompute
+        self.compile = compile
+        self.freeze = freeze
+        self.init_from = init_from
 
 
 class Outcome(NamedTuple):
@@ -109,9 +142,11 @@ class Trainer:
         num_workers: processes that prepare images; 0 prepares them in this one.
         device: where the models are.
         records: where numbers and messages go; the run directory's files and the terminal unless given.
+        phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``optimizer``, ``average``.
 
     Raises:
-        ValueError: if the turns do not share out the trainable parameters, or an optimizer's turn does not exist.
+        ValueError: if the turns do not share out the trainable parameters, an optimizer's turn does not exist,
+            ``train.freeze`` matches nothing, or validations do not give the metric of ``train.best``.
     """
 
     def __init__(
@@ -126,6 +161,7 @@ class Trainer:
         num_workers: int = 0,
         device: torch.device | None = None,
         records: Destination | None = None,
+        phase: Phase = record_function,
     ) -> None:
         self.options = options
         self.device = device or torch.device("cpu")
@@ -137,10 +173,19 @@ class Trainer:
         decay = options.ema_decay
         self.average = None if decay is None else ExponentialMovingAverage(task.model, decay)
         self.frozen = frozen_digests(task)
-        self.store = CheckpointStore(folder / "checkpoints", options.keep_last)
         self.records = records or run_records(folder)
+        self.store = CheckpointStore(folder / "checkpoints", options.keep_last, options.best, self.records.say)
+        self.phase = phase
         self.means = Means()
         self.stopwatch = Stopwatch()
+        self.measured: dict[str, float] = {}  # by a validation at the end of this step
+        self._saved: int | None = None
+        self._inheritance: Inheritance | None = None
+        self._broken_told: set[str] = set()
+        if options.recompute:
+            recompute_blocks(task)
+        if options.best is not None:
+            self._check_best(options.best)
         self.periodic = [
             (options.log_every, self._log),
             (options.validate_every, self._validate),
@@ -158,7 +203,8 @@ class Trainer:
         train_mode(self.task)
         self.stopwatch.start(step)
         try:
-            with StopFlag() as stop:
+            compiled = compiled_blocks(self.task) if self.options.compile else nullcontext()
+            with StopFlag() as stop, compiled:
                 while step < self.options.max_steps:
                     self._train(step)
                     step += 1
@@ -167,45 +213,87 @@ class Trainer:
                         if is_last or step % period == 0:
                             work(step)
                     if stop.is_set and not is_last:
-                        if step % self.options.checkpoint_every:
-                            self._save(step)
+                        self._save(step)
                         return Outcome("stopped", step)
         finally:
             self.records.close()
         return Outcome("finished", step)
 
+    def take_over(self) -> Inheritance | None:
+        """Load the weights that ``train.init_from`` names, if it does; ``fit`` calls it where there is no checkpoint.
+
+        Raises:
+            CheckpointError: if the donor's weights do not fit.
+        """
+        if self._inheritance is None and self.options.init_from is not None:
+            self._inheritance = self.options.init_from.apply(self.task)
+            if self.average is not None:
+                self.average.load_state_dict(live_state(self.task.model))
+        return self._inheritance
+
     def _train(self, step: int) -> None:
         """One step: every due turn, then the moving average."""
+        self.measured = {}
         with self.stopwatch.step(self.options.batch_size):
-            with self.stopwatch.waiting():
+            with self.stopwatch.waiting(), self.phase("data"):
                 batch = next(self.stream)
-            batch = self._on_device(batch)
+            batches = micro_batches(self._on_device(batch), self.options.accumulate)
             context = Context(step, step / self.options.max_steps, self.generators)
             for training in self.turns:
                 if training.turn.is_due(step):
-                    numbers = training.take(self.task, batch, context)
+                    numbers = training.take(self.task, batches, context, self.phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
             if self.average is not None:
-                self.average.update(self.task.model, step)
+                with self.phase("average"):
+                    self.average.update(self.task.model, step)
+        self._tell_broken(self.stream.broken)
 
     def _log(self, step: int) -> None:
         values = self.means.take()
         values |= {f"{training.turn.name}/lr": training.optimizer.lr for training in self.turns}
+        if self.stream.broken:
+            values["data/broken"] = float(len(self.stream.broken))
         timings = self.stopwatch.take(step, self.options.max_steps)
         timings["memory_mib"] = peak_memory_mib(self.device)
         self.records.write(Record(step, self.options.max_steps, values, timings))
 
     def _validate(self, step: int) -> None:
-        batches = sequential(self.validation_data, self.options.batch_size, self.options.validate_images)
+        self.measured = self._measure(self.options.validate_images)
+        self.records.write(Record(step, self.options.max_steps, self.measured))
+        if self.options.best is not None and self.store.is_better(self.measured[self.options.best.metric]):
+            self._save(step)
+
+    def _measure(self, num_images: int) -> dict[str, float]:
+        """A validation's numbers, with averaged weights where there are some, and never compiled."""
+        batches = Sequential(self.validation_data, self.options.batch_size // self.options.accumulate, num_images)
         averaged = nullcontext() if self.average is None else self.average.swapped(self.task.model)
+        eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
         self.task.eval()
-        with torch.no_grad(), averaged:
+        with torch.no_grad(), averaged, eager:
             numbers = self.task.validate(map(self._on_device, batches))
         train_mode(self.task)
-        values = {f"validation/{name}": value for name, value in numbers.items()}
-        self.records.write(Record(step, self.options.max_steps, values))
+        self._tell_broken(batches.broken)
+        return {f"validation/{name}": value for name, value in numbers.items()}
+
+    def _check_best(self, best: Best) -> None:
+        """Measure a few images, so that a metric that does not exist is found now and not at the first validation."""
+        given = self._measure(self.options.batch_size // self.options.accumulate)
+        if best.metric not in given:
+            raise ValueError(
+                f"train.best.metric: a validation gives no '{best.metric}'{did_you_mean(best.metric, given) or '.'} "
+                f"It gives {', '.join(given)}"
+            )
+
+    def _tell_broken(self, broken: Mapping[str, str]) -> None:
+        for key, reason in broken.items():
+            if key not in self._broken_told:
+                self.records.say(f"left out, since it cannot be read: {key}: {reason}")
+        self._broken_told |= broken.keys()
 
     def _save(self, step: int) -> None:
+        """Save once a step, whoever asks for it."""
+        if self._saved == step:
+            return
         self.records.sync()
         weights = {"model": live_state(self.task)}
         if self.average is not None:
@@ -217,30 +305,42 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "means": self.means.state_dict(),
         }
-        self.store.save(step, weights, state, self.frozen)
+        self.store.save(step, weights, state, self.frozen, self.measured)
+        self._saved = step
 
     def _resume(self) -> int:
         """Go back to the latest checkpoint, in memory and in the records; returns the steps taken so far."""
-        self.store.remove_partial()
+        self.store.tidy()
         checkpoint = latest_checkpoint(self.store.folder, self.records.say)
         if checkpoint is None:
+            inheritance = self.take_over()
             self.generators.seed_global()
             self.records.rewind(0)
+            if inheritance is not None:
+                self.records.say(inheritance.text)
             return 0
         checkpoint.check_frozen(self.frozen)
         load_weights(self.task, checkpoint.weights("model"), checkpoint.folder)
         if self.average is not None:
             self.average.load_state_dict(checkpoint.weights("ema"))
         state = checkpoint.state()
+        try:
+            self._load_state(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{checkpoint.folder} cannot be continued: {reason}") from error
+        self.records.rewind(checkpoint.step)
+        self.records.say(f"continuing from {checkpoint.folder}")
+        return checkpoint.step
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         for training in self.turns:
             training.optimizer.load_state_dict(state["optimizers"][training.turn.name])
         self.generators.load_state_dict(state["generators"])
         set_global_state(state["global_generators"])
         self.stream.load_state_dict(state["stream"])
+        self._broken_told |= self.stream.broken.keys()
         self.means.load_state_dict(state["means"])
-        self.records.rewind(checkpoint.step)
-        self.records.say(f"continuing from {checkpoint.folder}")
-        return checkpoint.step
 
     def _on_device(self, batch: Batch) -> Batch:
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
@@ -251,7 +351,8 @@ def make_turns(task: Task, options: Training) -> list[TurnTraining]:
     """The task's turns, each with its parameters, optimizer and schedule.
 
     Raises:
-        ValueError: if turns do not share out the trainable parameters, or an optimizer has no turn or parameters.
+        ValueError: if turns do not share out the trainable parameters, an optimizer has no turn or parameters, or
+            ``train.freeze`` matches nothing.
     """
     names = [turn.name for turn in task.turns]
     unknown = sorted(set(options.turn_optimizers) - set(names))
@@ -260,6 +361,7 @@ def make_turns(task: Task, options: Training) -> list[TurnTraining]:
             f"train.turn_optimizers has {', '.join(unknown)}, "
             f"and the turns of {type(task).__name__} are {', '.join(names)}"
         )
+    freeze(task, options.freeze)
     shares = share_parameters(task)
     return [
         TurnTraining(

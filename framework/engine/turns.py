@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.profiler import record_function
 
 from framework.data.interface import Batch
 from framework.engine.frozen import frozen_modules
+from framework.engine.globs import matches, unmatched
+from framework.engine.meters import Means, Phase
 from framework.engine.optimizers import Optimizer
 from framework.engine.schedules import Schedule
 from framework.tasks.interface import Context, Task, Turn
@@ -32,6 +34,29 @@ class NonFiniteError(RuntimeError):
         self.keys = list(keys)
 
 
+def freeze(task: Task, globs: Sequence[str]) -> None:
+    """Train the parameters that the globs match no further; unlike frozen parts they stay in checkpoints and averages.
+
+    Raises:
+        ValueError: if a glob matches none; says the nearest.
+    """
+    parameters = dict(task.named_parameters())
+    if problems := unmatched(globs, parameters):
+        raise ValueError("train.freeze: " + "; ".join(problems))
+    for name, parameter in parameters.items():
+        if matches(name, globs):
+            parameter.requires_grad_(False)
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A batch in ``count`` equal parts, in its order."""
+    size = len(batch.images) // count
+    cuts = [slice(start, start + size) for start in range(0, size * count, size)]
+    labels = [None if batch.labels is None else batch.labels[cut] for cut in cuts]
+    parts = zip(cuts, labels, strict=True)
+    return [Batch(batch.images[cut], batch.keys[cut], batch.groups[cut], own) for cut, own in parts]
+
+
 def share_parameters(task: Task) -> dict[str, NamedParameters]:
     """Which parameters each turn trains, by the turn's name; frozen ones are left out.
 
@@ -42,7 +67,7 @@ def share_parameters(task: Task) -> dict[str, NamedParameters]:
     trainable = [(n, p) for n, p in task.named_parameters() if p.requires_grad and id(p) not in frozen]
     shares: dict[str, NamedParameters] = {turn.name: [] for turn in task.turns}
     for name, parameter in trainable:
-        owners = [t.name for t in task.turns if any(fnmatchcase(name, glob) for glob in t.parameters)]
+        owners = [t.name for t in task.turns if matches(name, t.parameters)]
         if len(owners) != 1:
             count = f"several turns ({', '.join(owners)})" if owners else f"no turn of {', '.join(shares)}"
             raise ValueError(f"{type(task).__name__}: {count} would train {name}; exactly one must, or freeze it")
@@ -85,44 +110,66 @@ class TurnTraining:
         self.clip_norm = clip_norm
         self.autocast = autocast
 
-    def take(self, task: Task, batch: Batch, context: Context) -> dict[str, float]:
-        """Move the turn's weights once; returns its numbers by name.
+    def take(
+        self, task: Task, batches: Sequence[Batch], context: Context, phase: Phase = record_function
+    ) -> dict[str, float]:
+        """Move the turn's weights once, by the mean gradient of equal micro-batches; returns their mean numbers.
+
+        Args:
+            task: whose turn it is.
+            batches: one after the other, as much as memory holds.
+            context: of the step.
+            phase: entered around ``forward``, ``backward`` and ``optimizer``.
 
         Raises:
             NonFiniteError: if a loss or the gradients' norm is not finite, before anything but buffers has changed.
         """
         self.optimizer.zero_grad()
         self._let_others_learn(False)
+        outputs: list[tuple[list[str], Tensor, Mapping[str, Tensor]]] = []
         try:
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.autocast):
-                output = task(batch, self.turn.name, context)
-            losses = torch.stack([loss.float() for loss in output.losses.values()])
-            losses.sum().backward()
+            for batch in batches:
+                with phase("forward"):
+                    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.autocast):
+                        output = task(batch, self.turn.name, context)
+                    losses = torch.stack([loss.float() for loss in output.losses.values()])
+                with phase("backward"):
+                    (losses.sum() / len(batches)).backward()
+                outputs.append((list(output.losses), losses.detach(), output.metrics))
         finally:
             self._let_others_learn(True)
-        gradients = [p.grad for _, p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        *values, norm_value = torch.cat([losses.detach(), norm[None]]).tolist()  # the step's one wait for the device
-        named = dict(zip(output.losses, values, strict=True))
-        if not all(map(math.isfinite, (*values, norm_value))):
-            raise NonFiniteError(context.step, self.turn.name, self._problem(named), batch.keys)
-        if self.clip_norm is not None and norm_value > self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.clip_norm, norm)
-        self.optimizer.scale_lr(self.schedule(context.step))
-        self.optimizer.step()
-        metrics = {name: float(value) for name, value in output.metrics.items()}
-        return {"loss": math.fsum(values), **named, **metrics, "gradient_norm": norm_value}
+        with phase("optimizer"):
+            gradients = [p.grad for _, p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            # The step's one wait for the device.
+            *values, norm_value = torch.cat([*(losses for _, losses, _ in outputs), norm[None]]).tolist()
+            left = iter(values)
+            rows = [dict(zip(names, left)) for names, _, _ in outputs]  # noqa: B905 - each takes what is its own
+            if not all(map(math.isfinite, (*values, norm_value))):
+                raise self._error(rows, batches, context.step)
+            if self.clip_norm is not None and norm_value > self.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.clip_norm, norm)
+            self.optimizer.scale_lr(self.schedule(context.step))
+            self.optimizer.step()
+        means = Means()
+        for row, (_, _, metrics) in zip(rows, outputs, strict=True):
+            means.add({"loss": math.fsum(row.values()), **row, **{name: float(m) for name, m in metrics.items()}})
+        return means.take() | {"gradient_norm": norm_value}
 
     def _let_others_learn(self, allowed: bool) -> None:
         for parameter in self.others:
             parameter.requires_grad_(allowed)
 
-    def _problem(self, losses: dict[str, float]) -> str:
-        bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            return "of the losses, " + ", ".join(bad)
-        names = [name for name, p in self.parameters if p.grad is not None and not _is_finite(p.grad)]
-        return f"the losses are finite, and the gradients of {len(names)} parameters are not, first {names[:3]}"
+    def _error(self, rows: Sequence[dict[str, float]], batches: Sequence[Batch], step: int) -> NonFiniteError:
+        """What is not finite, and the keys of the micro-batches that brought it."""
+        bad = [{name: value for name, value in row.items() if not math.isfinite(value)} for row in rows]
+        told = [f"{name} is {value}" for row in bad for name, value in row.items()]
+        keys = [key for batch, row in zip(batches, bad, strict=True) if row or not told for key in batch.keys]
+        problem = "of the losses, " + ", ".join(dict.fromkeys(told))
+        if not told:
+            names = [name for name, p in self.parameters if p.grad is not None and not _is_finite(p.grad)]
+            problem = f"the losses are finite, and the gradients of {len(names)} parameters are not, first {names[:3]}"
+        return NonFiniteError(step, self.turn.name, problem, keys)
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from framework.nn.attention import attention
 from framework.nn.positions import rotate
@@ -149,10 +151,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a last norm, ``(b, n, d) -> (b, n, d)``."""
+    """A stack of blocks and a last norm, ``(b, n, d) -> (b, n, d)``.
+
+    Attributes:
+        recompute: keep only the blocks' inputs for the backward pass, which computes the rest again.
+    """
 
     def __init__(self, width: int, depth: int, num_heads: int, options: BlockOptions) -> None:
         super().__init__()
+        self.recompute = False
         self.blocks = nn.ModuleList(Block(width, num_heads, options) for _ in range(depth))
         self.norm = make_norm(options.norm, width)
 
@@ -170,7 +177,10 @@ class Transformer(nn.Module):
         if route is not None and not any(isinstance(m, Linear) and m.adapter is not None for m in self.modules()):
             raise ValueError("a route needs adapters on the transformer's linear layers, and there are none")
         for block in self.blocks:
-            x = block(x, bias, route)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, route, use_reentrant=False)
+            else:
+                x = block(x, bias, route)
         return self.norm(x)
 
 

@@ -136,7 +136,7 @@ def training(**changes: Any) -> Training:
     return Training(**(settings | changes))
 
 
-def trainer(folder: Path, task: Task | None = None, **changes: Any) -> Trainer:
+def trainer(folder: Path, task: Task | None = None, num_workers: int = 0, **changes: Any) -> Trainer:
     """A trainer over fakes whose records go to files only."""
     records = Records(
         [
@@ -146,7 +146,8 @@ def trainer(folder: Path, task: Task | None = None, **changes: Any) -> Trainer:
         ]
     )
     task = FakeTask() if task is None else task
-    return Trainer(task, FakeData(), FakeData(6), training(**changes), seed=1, folder=folder, records=records)
+    sets, options = (FakeData(), FakeData(6)), training(**changes)
+    return Trainer(task, *sets, options, seed=1, folder=folder, records=records, num_workers=num_workers)
 
 
 def tensors(trainer: Trainer) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from framework.engine.checkpoint import CheckpointError, checkpoint_folders
+from framework.engine.checkpoint import Best, CheckpointError, checkpoint_folders
 from framework.engine.optimizers import AdamW, Muon
 from framework.tasks.interface import Context
 from tests.engine.fakes import FakeTask, TwoTurnTask, differences, tensors, trainer
@@ -22,8 +22,11 @@ class Killed(BaseException):
 
 
 def interrupt(at: int, how: str) -> Any:
+    done: list[int] = []
+
     def before(context: Context) -> None:
-        if context.step == at:
+        if context.step == at and not done:  # once, not in each micro-batch: a second Ctrl-C ends at once
+            done.append(at)
             if how == "killed":
                 raise Killed
             os.kill(os.getpid(), signal.SIGINT if how == "ctrl-c" else signal.SIGTERM)
@@ -38,12 +41,23 @@ CASES: dict[str, dict[str, Any]] = {
     "no average": {"ema_decay": None},
     "no clipping": {"clip_norm": None},
     "tight clipping": {"clip_norm": 1e-2},
+    "accumulation": {"accumulate": 3},
+    "recomputation": {"recompute": True},
+    "a frozen parameter": {"freeze": ("net.positions",)},
+    "two workers": {"num_workers": 2},
+    "accumulation, workers, best": {
+        "batch_size": 6,
+        "accumulate": 2,
+        "num_workers": 2,
+        "best": Best("validation/mse"),
+        "keep_last": 1,
+    },
 }
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_ten_steps_equal_five_and_five(tmp_path: Path, changes: dict[str, Any]) -> None:
-    # Three images a step of seven: the stop after five steps lies in the third epoch, between two log lines.
+    # Three images (or six) a step of seven: the stop after five steps lies inside an epoch, between two log lines.
     whole = trainer(tmp_path / "whole", **changes)
     assert whole.fit() == ("finished", 10)
 
@@ -85,8 +99,9 @@ def test_any_end_at_any_step_changes_nothing(tmp_path: Path, how: str, at: int) 
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
 
 
-def test_two_turns_resume(tmp_path: Path) -> None:
-    changes = {"turn_optimizers": {"critic": partial(AdamW, lr=1e-3)}}
+@pytest.mark.parametrize("more", [{}, {"batch_size": 4, "accumulate": 2, "num_workers": 2}], ids=["plain", "parts"])
+def test_two_turns_resume(tmp_path: Path, more: dict[str, Any]) -> None:
+    changes = {"turn_optimizers": {"critic": partial(AdamW, lr=1e-3)}, "log_every": 2, **more}
     whole = trainer(tmp_path / "whole", TwoTurnTask(), **changes)
     whole.fit()
     trainer(tmp_path / "parts", TwoTurnTask(), checkpoint_every=5, **changes).fit()
@@ -94,6 +109,7 @@ def test_two_turns_resume(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "parts", TwoTurnTask(), **changes)
     resumed.fit()
     assert differences(tensors(whole), tensors(resumed)) == []
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:

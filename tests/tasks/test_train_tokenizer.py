@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,23 +11,28 @@ from torch import Tensor
 from framework.data.interface import Batch
 from framework.engine.trainer import make_turns
 from framework.losses.interface import Loss
+from framework.losses.kl import KLLoss
 from framework.losses.reconstruction import PixelLoss
+from framework.runs import experiment_from
 from framework.runtime.rng import Generators
 from framework.tasks.interface import Context, StepOutput
 from framework.tasks.train_tokenizer import TrainTokenizer
 from framework.tokenizers.interface import MaskingSchedule, Quantized, Quantizer
 from framework.tokenizers.masking import FullLength
+from framework.tokenizers.quantizers.gaussian_bottleneck import GaussianBottleneck
 from tests.engine.fakes import training
+from tests.stir import stirred
+from tests.tiny_run import tiny_config
 from tests.tokenizers.build import small_tokenizer
 
 
 class Costly(Quantizer):
-    """Passes latents on, at the price of their mean square."""
+    """Passes latents on, each token at the price of its mean square."""
 
     dim = 5
 
-    def forward(self, latents: Tensor) -> Quantized:
-        return Quantized(latents, None, {"commitment": latents.float().square().mean()})
+    def forward(self, latents: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        return Quantized(latents, None, {"commitment": latents.float().square().mean(-1)})
 
 
 class Progressing(MaskingSchedule):
@@ -67,7 +74,7 @@ def test_losses_are_those_named_and_the_quantizers() -> None:
 def test_the_sum_of_all_losses_is_minimised() -> None:
     task = TrainTokenizer({"pixel": PixelLoss(weight=0.0)}, tokenizer=small_tokenizer(quantizer=Costly()))
     (turn,) = make_turns(task, training())
-    numbers = [turn.take(task, a_batch(), context(step=step)) for step in range(6)]
+    numbers = [turn.take(task, [a_batch()], context(step=step)) for step in range(6)]
     assert numbers[0]["loss"] == pytest.approx(numbers[0]["pixel"] + numbers[0]["quantizer_commitment"])
     # With the pixels weighted 0 the quantizer's price alone moves weights, and falls.
     assert numbers[0]["gradient_norm"] > 0 and numbers[-1]["loss"] < numbers[0]["loss"]
@@ -84,7 +91,7 @@ def test_lengths_come_from_their_own_generator() -> None:
     first = output_of(task, context(generators))
     torch.manual_seed(99)
     again = output_of(task, context(generators))
-    assert asked == ["lengths", "lengths"]
+    assert asked == ["lengths", "noise"] * 2
     assert torch.equal(first.losses["pixel"], again.losses["pixel"])
     lengths = task.tokenizer.masking.lengths(8, 6, 0.0, torch.Generator().manual_seed(5))
     assert first.metrics["mean_length"] == lengths.double().mean() and len(lengths.unique()) > 1
@@ -92,6 +99,37 @@ def test_lengths_come_from_their_own_generator() -> None:
     one = Generators(0)
     drawn = [output_of(task, context(one)).metrics["mean_length"] for _ in range(6)]
     assert len(set(map(float, drawn))) > 1  # the generator goes on from step to step
+
+
+def test_noise_comes_from_its_own_generator_and_only_where_there_is_some() -> None:
+    still, noisy = Generators(0), Generators(0)
+    task = TrainTokenizer({"pixel": PixelLoss()}, tokenizer=small_tokenizer())
+    untouched = Generators(0)("noise").get_state()
+    output_of(task, context(still))
+    assert torch.equal(still("noise").get_state(), untouched)
+    task = TrainTokenizer({"pixel": PixelLoss()}, tokenizer=small_tokenizer(quantizer=GaussianBottleneck(5)))
+    losses = [output_of(task, context(noisy)).losses["pixel"] for _ in range(2)]
+    again = output_of(task, context(Generators(0))).losses["pixel"]
+    assert not torch.equal(noisy("noise").get_state(), untouched)
+    assert losses[0] == again and losses[0] != losses[1]
+    assert torch.equal(noisy("lengths").get_state(), two_draws_of_lengths().get_state())
+
+
+def two_draws_of_lengths() -> torch.Generator:
+    generators = Generators(0)
+    for _ in range(2):
+        small_tokenizer().draw_lengths(8, 0.0, generators("lengths"))
+    return generators("lengths")
+
+
+def test_what_tokens_say_is_paid_for_and_logged_in_bits() -> None:
+    quantizer = GaussianBottleneck(5, KLLoss(weight=0.01))
+    task = TrainTokenizer({"pixel": PixelLoss()}, tokenizer=small_tokenizer(quantizer=quantizer, masking=FullLength()))
+    output = output_of(task)
+    latents = task.tokenizer.encoder(a_batch().images * 2 - 1).latents
+    nats = quantizer.kl.divergence(*latents.chunk(2, dim=-1)).mean()
+    torch.testing.assert_close(output.losses["quantizer_kl"], 0.01 * nats)
+    torch.testing.assert_close(output.metrics["quantizer_kl_bits"], nats.detach() / math.log(2))
 
 
 def test_the_schedule_is_told_the_progress() -> None:
@@ -116,6 +154,24 @@ def test_losses_are_float32_under_autocast() -> None:
         output = output_of(task)
         assert task.tokenizer(a_batch().images, torch.full((8,), 6)).images.dtype == torch.bfloat16
     assert {name: loss.dtype for name, loss in output.losses.items()} == dict.fromkeys(output.losses, torch.float32)
+
+
+def test_a_length_conditioned_encoder_trains_by_overrides_alone(tmp_path: Path) -> None:
+    encoder = "tokenizer.encoder={name: PatchEncoder, num_tokens: 4, patch_size: 8, width: 32, depth: 1, num_heads: 2}"
+    task = stirred(experiment_from(tiny_config(tmp_path, encoder, "tokenizer.decoder.drop_mode=zero")).task)
+    assert isinstance(task, TrainTokenizer) and task.tokenizer.contract == "length_conditioned"
+    lengths, images = torch.tensor([1, 2, 3, 4]), a_batch(4).images
+    output_of(task).losses["pixel"].backward()
+    for name in ("kept_embedding", "masked_embedding"):
+        gradient = task.tokenizer.get_parameter(f"encoder.{name}").grad
+        assert gradient is not None and gradient.any()
+    with torch.no_grad():
+        numbers = task.eval().validate([a_batch(4)])
+        rebuilt = [task.tokenizer.decode(task.tokenizer.encode(images, length)) for length in (1, 4)]
+        reread = task.tokenizer.decode(task.tokenizer.encode(images, 4).with_lengths(torch.ones_like(lengths)))
+    errors = [(made - images).square().mean().item() for made in rebuilt]
+    assert numbers == {"mse@1": pytest.approx(errors[0]), "mse@4": pytest.approx(errors[1])}
+    assert not torch.allclose(reread, rebuilt[0], atol=1e-4)
 
 
 def test_without_losses_there_is_nothing_to_train() -> None:

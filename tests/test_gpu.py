@@ -1,0 +1,74 @@
+"""The main job on a CUDA device, for machines that have one: ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import framework
+from framework.data.interface import Batch
+from framework.engine.checkpoint import latest_checkpoint
+from framework.tasks.interface import Context, StepOutput
+from framework.tasks.train_tokenizer import TrainTokenizer
+from framework.tokenizers.tokenizer import Tokenizer
+from tests.tiny_run import train_tiny
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("options", [[], ["train.accumulate=2", "train.recompute=true"]], ids=["plain", "in parts"])
+def test_the_main_job_trains_stops_and_goes_on(
+    tmp_path: Path, quick_report: None, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    options = [f"run.device={DEVICE}", "train.log_every=1", *options]
+    assert train_tiny(tmp_path / "whole", *options)[0] == ("finished", 6)
+
+    forward = TrainTokenizer.forward
+    devices: set[str] = set()
+
+    def interrupted(task: TrainTokenizer, batch: Batch, turn: str, context: Context) -> StepOutput:
+        devices.update((batch.images.device.type, next(task.parameters()).device.type))
+        if context.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(task, batch, turn, context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainTokenizer, "forward", interrupted)
+        assert train_tiny(tmp_path / "parts", *options)[0] == ("stopped", 3)
+    assert devices == {DEVICE}
+    assert train_tiny(tmp_path / "parts", *options)[0] == ("finished", 6)
+
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    assert len(lines[0]) == len(lines[1]) == 8
+    # Kernels that add in no fixed order may differ in last bits; another batch or other lengths would differ in all.
+    for whole, parts in zip(*lines, strict=True):
+        assert json.loads(parts) == pytest.approx(json.loads(whole), rel=1e-2)
+    saved = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "parts")]
+    assert saved[0] is not None and saved[1] is not None and saved[0].step == saved[1].step == 6
+    expected, found = (checkpoint.weights("ema") for checkpoint in saved if checkpoint is not None)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3)
+
+    tokenizer = framework.load(tmp_path / "parts")
+    assert isinstance(tokenizer, Tokenizer) and {p.device.type for p in tokenizer.parameters()} == {"cpu"}
+    tokenizer.to(DEVICE)
+    images = torch.rand(2, 3, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        rebuilt = tokenizer.decode(tokenizer.encode(images, length=[4, 16]))
+    assert rebuilt.shape == images.shape and rebuilt.device.type == DEVICE
+
+
+def test_compiled_steps_run(tmp_path: Path, quick_report: None) -> None:
+    options = [f"run.device={DEVICE}", "train.compile=true"]
+    assert train_tiny(tmp_path / "run", *options)[0] == ("finished", 6)
+    losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokenizer/loss"] > 0 for line in losses if "tokenizer/loss" in line)
