@@ -115,9 +115,10 @@ def test_a_second_kill_while_the_run_goes_on(tmp_path: Path, undisturbed: Undist
 
 
 @pytest.mark.slow
-def test_every_pair_of_kills(tmp_path: Path, undisturbed: Undisturbed) -> None:
+def test_two_thousand_pairs_of_kills(tmp_path: Path, undisturbed: Undisturbed) -> None:
     kills = every_kill(undisturbed.operations)
-    assert wrong(tmp_path / "run", list(itertools.product(kills, kills)), undisturbed) == []
+    pairs = random.Random(1).sample(list(itertools.product(kills, kills)), 2000)
+    assert wrong(tmp_path / "run", pairs, undisturbed) == []
 
 
 def test_kills_again_and_again(tmp_path: Path, undisturbed: Undisturbed) -> None:
