@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import framework.allocation.fidelity
+import framework.allocation.learned_policy
+import framework.allocation.objectives
+import framework.allocation.rewards
+import framework.allocation.rules
+import framework.allocation.search
+import framework.allocation.weighting
 import framework.data.folder
 import framework.data.photos
 import framework.engine.optimizers

@@ -10,6 +10,7 @@ Shapes: b batch, c channels of a space, h and w its grid, n tokens, d channels o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -188,9 +189,63 @@ class Head(nn.Module, ABC):
         """States ``(b, p, width)`` at a grid of ``positions`` -> values ``(b, c, h, w)``."""
 
 
+@dataclass(frozen=True)
+class AllocationRequest:
+    """What a rule may know of the images whose lengths it chooses.
+
+    Args:
+        features: the encoder's pooled features, ``(b, f)``, from the one encoding that is made anyway.
+        images: ``(b, 3, h, w)`` in [0, 1].
+        reconstruct: rows ``(r,)`` int64 of the batch and a length for each, ``(r,)`` int64 -> images ``(r, 3, h, w)``
+            in [0, 1]. Every row of every call is one trial: a pass of the decoder and, where the tokenizer encodes anew
+            for each length, one of the encoder.
+        encoder_passes_per_trial: 0 where one encoding serves every length, else 1.
+        keys: one name per image where they have names, for rules that read a table.
+    """
+
+    features: Tensor
+    images: Tensor
+    reconstruct: Callable[[Tensor, Tensor], Tensor]
+    encoder_passes_per_trial: int = 0
+    keys: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many tokens each image keeps, and what the decision cost.
+
+    Args:
+        lengths: ``(b,)`` int64, each one of the rule's budgets.
+        encoder_passes: of each image on average, spent on the decision alone: neither the encoding that the features
+            come from counts, nor one at the chosen length.
+        decoder_passes: likewise; the final decoding does not count.
+    """
+
+    lengths: Tensor
+    encoder_passes: float = 0.0
+    decoder_passes: float = 0.0
+
+
+class AllocationPolicy(nn.Module, ABC):
+    """A rule that chooses how many tokens each image keeps, among candidate budgets.
+
+    Keyword-only arguments from what owns it: ``num_tokens`` (n, the longest sequence) and ``feature_dim`` (f).
+
+    Attributes:
+        budgets: the lengths that it may choose, increasing, from 1 to n.
+    """
+
+    budgets: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, request: AllocationRequest) -> Allocation:
+        """Choose; no gradient passes."""
+
+
 SPACES = Registry("space", ImageSpace)
 ENCODERS = Registry("encoder", Encoder)
 QUANTIZERS = Registry("quantizer", Quantizer)
 MASKING = Registry("masking", MaskingSchedule)
 DECODERS = Registry("decoder", Decoder)
 HEADS = Registry("head", Head)
+POLICIES = Registry("policy", AllocationPolicy)

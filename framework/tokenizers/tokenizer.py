@@ -122,7 +122,7 @@ class Tokenizer(nn.Module):
 
         The quantizer's noise, if it has any, is drawn from ``generator``; without one there is none.
         """
-        tokens, quantized = self._encode(images, lengths, generator)
+        tokens, quantized, _ = self._encode(images, lengths, generator)
         rebuilt = self.output_space.decode(self.decoder(tokens))
         losses, metrics = (_means_over_kept(values, tokens) for values in (quantized.losses, quantized.metrics))
         return Reconstruction(rebuilt, tokens, losses, metrics)
@@ -137,8 +137,15 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: if the images' shape or range or a length does not fit.
         """
+        return self.encode_with_features(images, length)[0]
+
+    def encode_with_features(
+        self, images: Tensor, length: int | Sequence[int] | Tensor | None = None
+    ) -> tuple[Tokens, Tensor]:
+        """``encode``, and the encoder's pooled image features ``(b, f)`` of the same pass, which policies read."""
         self._check_images(images)
-        return self._encode(images, self._lengths(len(images), length, images.device))[0]
+        tokens, _, features = self._encode(images, self._lengths(len(images), length, images.device))
+        return tokens, features
 
     def decode(self, tokens: Tokens) -> Tensor:
         """Tokens to images ``(b, 3, h, w)`` in [0, 1], from each sample's kept tokens only."""
@@ -179,10 +186,10 @@ class Tokenizer(nn.Module):
 
     def _encode(
         self, images: Tensor, lengths: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tokens, Quantized]:
+    ) -> tuple[Tokens, Quantized, Tensor]:
         encoding = self.encoder(self.input_space.encode(images), lengths)
         quantized = self.quantizer(encoding.latents, generator)
-        return Tokens(quantized.latents, lengths, quantized.codes), quantized
+        return Tokens(quantized.latents, lengths, quantized.codes), quantized, encoding.features
 
     def _nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that whole positions of the encoder cover."""
@@ -205,6 +212,11 @@ class Tokenizer(nn.Module):
             raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
 
     def _lengths(self, batch_size: int, length: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor:
+        if isinstance(length, str):
+            raise ValueError(
+                f"length must be integers, got '{length}'. Only AdaptiveTokenizer(tokenizer, policy) of "
+                "framework.allocation takes 'auto', where an allocation policy chooses each image's length"
+            )
         wanted = torch.as_tensor(self.num_tokens if length is None else length)
         if wanted.ndim > 1 or wanted.is_floating_point() or (wanted.ndim == 1 and len(wanted) != batch_size):
             raise ValueError(f"length must be one integer or {batch_size}, one per image; got {length}")

@@ -1,0 +1,1 @@
+"""How many tokens each image keeps: rules, searches and learned policies."""
