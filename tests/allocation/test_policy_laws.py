@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "LinearSearch": {"threshold": 0.3},
     "FirstPassThreshold": {"threshold": 0.3, "tokens_per_pass": 2},
     "FixedLength": {"length": 3},
-    "OracleAllocation": {"reward": ContinuousReward(beta=0.002)},
+    "OracleAllocation": {"reward": ContinuousReward(beta=0.05)},
     "ComplexityLookup": {"edges": [700.0, 800.0], "budgets": [1, 3, 6]},
 }
 IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
