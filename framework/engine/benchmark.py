@@ -194,8 +194,16 @@ def compare_training(experiment: Experiment, rounds: int, steps: int) -> Times:
 
     The trainer does all that it does in a run, with files in a temporary folder, but for validating and saving, which
     another loop would do too.
+
+    Raises:
+        ValueError: if ``train:`` asks for what the plain loop does not do, or the task takes more than one turn a step.
     """
     options = copy(experiment.train)
+    if options.accumulate > 1 or options.recompute or options.compile or options.freeze:
+        raise ValueError(
+            "the plain loop does not accumulate, recompute, compile or freeze, so there would be nothing to compare: "
+            "leave train.accumulate, train.recompute, train.compile and train.freeze at their defaults"
+        )
     options.max_steps = (rounds + 1) * steps
     device, seed, data = experiment.run.torch_device(), experiment.run.seed, experiment.data
     batches = shuffled(data.train, options.batch_size, options.max_steps, data.num_workers)

@@ -24,6 +24,7 @@ from framework.evaluation.rate_distortion import (
     rate_distortion,
     reconstructions,
 )
+from framework.evaluation.tables import markdown
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -112,11 +113,11 @@ def compare_tokenizers(
         for name, tokenizer in tokenizers.items()
     }
     baseline = _principal_components(next(iter(curves.values())), first.token_dim, data, train_data, limit, progress)
-    rows = [["MSE x 1000 at tokens", *map(str, lengths)], ["---"] + ["---:"] * len(lengths)]
+    rows = [["MSE x 1000 at tokens", *map(str, lengths)]]
     for name, curve in (curves if baseline is None else curves | {"PCA, equal floats": baseline}).items():
         rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
     scope = f"{_images(next(iter(curves.values())))}; pixels in [0, 1]; {data.protocol()}"
-    write_text(folder / "comparison.md", "\n".join([*map(_row, rows), "", scope]) + "\n")
+    write_text(folder / "comparison.md", f"{markdown(rows, num_words=1)}\n{scope}\n")
     plot_rate_distortion(curves, baseline, folder / "comparison.png")
 
 
@@ -154,7 +155,7 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
     """The summary as a Markdown table."""
     rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
     header = ["tokens", "MSE x 1000", "95% interval", "PSNR, dB", *rates, "falls", "PCA, MSE x 1000"]
-    rows = [header, ["---:"] * len(header)]
+    rows = [header]
     for column, (length, errors) in enumerate(zip(curve.lengths, curve.errors.T, strict=True)):
         low, high = (1000 * curve.intervals[:, column]).tolist()
         falls = (errors < curve.errors[:, column - 1]).double().mean().item()
@@ -170,19 +171,14 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
                 pca,
             ]
         )
-    lines = map(_row, rows)
     scope = f"{_images(curve)}; pixels in [0, 1]; definitions in metrics.json."
-    return "\n".join([*lines, "", f"{scope} {note}"]) + "\n"
+    return f"{markdown(rows, num_words=0)}\n{scope} {note}\n"
 
 
 def _images(curve: RateDistortion) -> str:
     broken = curve.protocol["broken"]
     left_out = f", {broken} left out that cannot be read" if broken else ""
     return f"{len(curve.keys)} images of {len(set(curve.groups))} groups{left_out}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def spread_images(curve: RateDistortion, count: int = 6) -> list[int]:

@@ -117,6 +117,14 @@ def test_the_plain_loop_has_one_optimizer() -> None:
         PlainLoop(TwoTurnTask(), iter([]), training(), 0, CPU)
 
 
+@pytest.mark.parametrize(
+    "option", [{"accumulate": 2}, {"recompute": True}, {"compile": True}, {"freeze": ("tokenizer.encoder.*",)}]
+)
+def test_what_the_plain_loop_does_not_do_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="the plain loop does not accumulate, recompute, compile or freeze"):
+        benchmark.compare_training(experiment(tmp_path, batch_size=4, **option), rounds=1, steps=1)
+
+
 def test_shuffled_gives_every_image_once_an_epoch() -> None:
     batches = list(benchmark.shuffled(FakeData(), batch_size=3, steps=7, num_workers=0))
     assert [len(batch.images) for batch in batches] == [3] * 7
