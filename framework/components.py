@@ -15,6 +15,7 @@ import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers
 import framework.losses.reconstruction
+import framework.tasks.train_allocation
 import framework.tasks.train_tokenizer
 import framework.tokenizers.decoders.mask_token_vit
 import framework.tokenizers.encoders.patch_encoder

@@ -6,6 +6,7 @@ A run directory holds ``config.yaml`` (every default written), ``run.json`` (com
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from torch import nn
 
 import framework.components  # noqa: F401 - registers every part
 from framework.config import Config, build, dump_yaml, load_config, resolve
+from framework.config.find import config_of_run
 from framework.engine import run_directory
 from framework.engine.checkpoint import (
     Best,
@@ -33,11 +35,9 @@ from framework.engine.profiler import profile_training
 from framework.engine.run_directory import RunError as RunError
 from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome
-from framework.evaluation.report import compare_tokenizers
 from framework.runtime.files import write_text
 from framework.runtime.progress import Stages
 from framework.tasks.interface import Report
-from framework.tokenizers.tokenizer import Tokenizer
 
 Weights = Literal["ema", "model"]
 Which = Literal["latest", "best"]
@@ -138,6 +138,7 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
     with run_directory.hold(folder, say):
         write_text(folder / "config.yaml", text)
         run_directory.record_start(folder, {} if inheritance is None else {"init_from": inheritance.record})
+        _prepare(experiment)
         outcome = trainer.fit()
         if outcome.status == "stopped":
             say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
@@ -213,7 +214,7 @@ def compare(
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
 ) -> None:
-    """Measure several runs' tokenizers on the images of the first run; leave one table and one plot in ``out``.
+    """Measure several runs' models on the images of the first run; leave one table and one plot in ``out``.
 
     Args:
         folders: run directories.
@@ -224,20 +225,22 @@ def compare(
         limit: measure a fixed random subset of so many images.
 
     Raises:
-        RunError: if a run has trained something else than a tokenizer.
+        RunError: if the runs have trained different kinds of models, or some that are not compared.
     """
     experiments = {folder: experiment_from(_config(folder)) for folder in folders}
-    tokenizers = {}
+    first = experiments[folders[0]]
     for folder, experiment in experiments.items():
         _restore(experiment, folder, None)
-        model = experiment.task.model.eval()
-        if not isinstance(model, Tokenizer):
-            raise RunError(f"{folder} has trained a {type(model).__name__}; only tokenizers are compared")
-        tokenizers[str(folder)] = model.to(experiment.run.torch_device())
-    first = experiments[folders[0]]
+        if type(experiment.task) is not type(first.task):
+            kinds = f"{type(first.task).__name__}, and {folder} of {type(experiment.task).__name__}"
+            raise RunError(f"only runs of one kind are compared: {folders[0]} is one of {kinds}")
+        experiment.task.to(experiment.run.torch_device()).eval()
     _use_threads(first)
+    tasks = {str(folder): experiment.task for folder, experiment in experiments.items()}
+    histories = {str(folder): _history(folder) for folder in folders}
     with torch.no_grad(), Stages() as progress:
-        compare_tokenizers(tokenizers, getattr(first.data, split), out, first.data.train, lengths, limit, progress)
+        wanted = Report(getattr(first.data, split), first.data.train, out, {}, lengths, limit, progress, histories)
+        type(first.task).compare(tasks, wanted)
     say((out / "comparison.md").read_text().strip())
     say(f"results: {out / 'comparison.md'} {out / 'comparison.png'}")
 
@@ -291,6 +294,14 @@ def load_part(module: nn.Module, source: str, path: str) -> None:
     load_weights(module, weights, f"{source}, {path}")
 
 
+def _prepare(experiment: Experiment) -> None:
+    try:
+        with Stages() as progress:
+            experiment.task.prepare(experiment.data.train, experiment.run.cache, progress)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
 def _skip(module: nn.Module, source: str, path: str) -> None:
     """On the meta device there is nothing to load into."""
 
@@ -298,7 +309,9 @@ def _skip(module: nn.Module, source: str, path: str) -> None:
 def _config(folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
-        raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first, or check the path")
+        maker = config_of_run(folder, [Path("projects"), Path(__file__).parents[1] / "projects"])
+        train_it = f" with: python tools/train_net.py --config {maker}\n" if maker else ", or check the path"
+        raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first{train_it}".rstrip())
     return load_config(file)
 
 
@@ -347,10 +360,16 @@ def _evaluate(
 ) -> None:
     record = _restore(experiment, folder, None, which)
     data = experiment.data
-    experiment.task.to(experiment.run.torch_device()).eval()
+    task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
-        experiment.task.report(Report(getattr(data, split), data.train, out, record, lengths, limit, progress))
+        histories = {str(folder): _history(folder)}
+        task.report(Report(getattr(data, split), data.train, out, record, lengths, limit, progress, histories))
     _say_results(out, say)
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _say_results(folder: Path, say: Callable[[str], None]) -> None:

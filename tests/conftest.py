@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import framework.components  # noqa: F401 - law tests run over every registered component
-from framework.tasks.interface import Report
+from framework import runs
+from framework.tasks.interface import Report, Task
+from framework.tasks.train_allocation import TrainAllocation
 from framework.tasks.train_tokenizer import TrainTokenizer
 from tests.test_layering import library_size
-from tests.tiny_run import train_tiny
+from tests.tiny_run import tiny_policy_config, train_tiny
 
 torch.set_num_threads(1)
 
@@ -38,11 +40,19 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_run: Path) -> Path:
+    """A finished run of a policy on top of that, with its whole evaluation; to be read only."""
+    folder = tiny_run.with_name("tiny_policy")
+    runs.train(tiny_policy_config(folder, tiny_run), print)
+    return folder
+
+
 @pytest.fixture
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations leave what they were asked for, instead of measuring and plotting for seconds."""
 
-    def report(task: TrainTokenizer, wanted: Report) -> None:
+    def report(task: Task, wanted: Report) -> None:
         assert not task.training and not torch.is_grad_enabled()
         asked = {
             "weights": wanted.record,
@@ -54,4 +64,5 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         (wanted.folder / "metrics.json").write_text(json.dumps(asked))
         (wanted.folder / "table.md").write_text("| a table |\n")
 
-    monkeypatch.setattr(TrainTokenizer, "report", report)
+    for task in (TrainTokenizer, TrainAllocation):
+        monkeypatch.setattr(task, "report", report)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from framework import runs
 from framework.ablation.grid import load_grid
+from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.config import Config, ConfigError, check, load_config, resolve
 from framework.engine.experiment import Experiment
 from framework.nn.transformer import SelfAttention, Transformer
@@ -30,7 +31,7 @@ TITOK = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, de
 def prepared(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The configuration, with a folder of one image under each environment variable that it reads, and few crops."""
     Image.new("RGB", (256, 256)).save(folder / "image.png")
-    for variable in re.findall(r"\$env:(\w+)", (ROOT / name).read_text()):
+    for variable in {variable for run in RUNS for variable in re.findall(r"\$env:(\w+)", (ROOT / run).read_text())}:
         monkeypatch.setenv(variable, str(folder))
     config = load_config(ROOT / name)
     few = config.tree["data"]["train"]["name"] == "Photos"
@@ -59,7 +60,8 @@ def test_runs_write_to_directories_of_their_own(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_draw_of_lengths_fits_the_encoder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = runs.experiment_from(prepared(name, tmp_path, monkeypatch), device="meta").task.model
+    model = runs.experiment_from(prepared(name, tmp_path, monkeypatch), device="meta").task.model
+    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model
     assert isinstance(tokenizer, Tokenizer)
     lengths = tokenizer.draw_lengths(64, 0.5, torch.Generator().manual_seed(0))
     assert 1 <= lengths.min() and lengths.max() <= tokenizer.num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 
 import framework
+from framework.allocation.rewards import REWARDS
 from framework.config import load_config, resolve
 from framework.engine.experiment import Experiment
-from framework.tokenizers.interface import QUANTIZERS
+from framework.tokenizers.interface import POLICIES, QUANTIZERS
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.tiny_run import ROOT, TINY, run_tool
 
@@ -30,6 +32,7 @@ COMMANDS = [
     for line in text.replace("\\\n", " ").splitlines()
     if "python tools/" in line
 ]
+PYTHON = ('load("runs/adatok/ntm")', 'load("runs/adatok/ata")', "# my_parts.py", "# my_allocation.py", "fit()")
 
 
 def python_block(*, holding: str) -> str:
@@ -40,12 +43,14 @@ def python_block(*, holding: str) -> str:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty, with the README's own part in it; what importing that part changes is undone."""
-    (tmp_path / "my_parts.py").write_text(python_block(holding="# my_parts.py"))
+    """The current folder, empty, with the README's own parts in it; what importing them changes is undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(QUANTIZERS, "_obj_map", dict(QUANTIZERS._obj_map))
-    monkeypatch.delitem(sys.modules, "my_parts", raising=False)
+    for module in ("my_parts", "my_allocation"):
+        (tmp_path / f"{module}.py").write_text(python_block(holding=f"# {module}.py"))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for registry in (QUANTIZERS, REWARDS, POLICIES):
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
     return tmp_path
 
 
@@ -57,7 +62,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
-    assert python == [python_block(holding=words) for words in ("framework.load", "# my_parts.py", "fit()")]
+    assert python == [python_block(holding=words) for words in PYTHON]
     assert {arguments_of(command)[0] for command in COMMANDS} == {"train_net", "evaluate", "ablate", "info"}
 
 
@@ -75,12 +80,15 @@ def test_training_commands_pass_the_check(
 def test_other_commands_work(
     command: str,
     tiny_run: Path,
+    tiny_policy: Path,
     elsewhere: Path,
     quick_report: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(tiny_run, "runs/adatok/ntm")
+    shutil.copytree(tiny_policy, "runs/adatok/ata")
+    shutil.copytree(tiny_policy, "runs/adatok/ata_grpo")
     Path("my/photos").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save("my/photos/a.png")
     name, arguments = arguments_of(command)
@@ -103,15 +111,35 @@ def test_a_part_of_ones_own_trains(
     assert not torch.equal(tokenizer.quantizer(latents, torch.Generator()).latents, latents.tanh())
 
 
-def test_a_trained_model_is_used(tiny_run: Path, elsewhere: Path) -> None:
+def test_rewards_and_rules_of_ones_own(
+    elsewhere: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(tiny_run, "runs/adatok/ntm")
-    shown = python_block(holding="framework.load")
+    commands = [command for command in COMMANDS if "my_allocation" in command]
+    for command in commands:
+        name, arguments = arguments_of(command)
+        tiny = [change for change in TINY if change.partition("=")[0] not in command]
+        assert run_tool(monkeypatch, name, *arguments, *tiny) == 0, capsys.readouterr().err
+    names = ("decibels", "by_contrast")
+    study = {name: json.loads(Path(f"runs/{name}/evaluation/metrics.json").read_text()) for name in names}
+    assert study["decibels"]["allocation"]["protocol"]["reward"] == {"name": "Decibels", "price": 0.5}
+    adaptive = framework.load("runs/by_contrast")
+    flat, busy = torch.full((1, 3, 16, 16), 0.5), torch.rand(1, 3, 16, 16)
+    assert adaptive.encode(torch.cat([flat, busy])).lengths.tolist() == [4, 16]
+    assert study["by_contrast"]["allocation"]["policies"]["policy"]["decoder_passes"] == 0
+    assert sys.modules["my_allocation"].__file__ == str(elsewhere / "my_allocation.py")
+
+
+@pytest.mark.parametrize("run", ["ntm", "ata"])
+def test_a_trained_model_is_used(run: str, tiny_run: Path, tiny_policy: Path, elsewhere: Path) -> None:
+    shutil.copytree(tiny_run if run == "ntm" else tiny_policy, f"runs/adatok/{run}")
+    shown = python_block(holding=f'load("runs/adatok/{run}")')
     code = shown.replace("3, 32, 32", "3, 16, 16")
     assert code != shown
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["rebuilt"].shape == (2, 3, 16, 16) and 0 <= names["rebuilt"].min() <= names["rebuilt"].max() <= 1
-    assert names["tokens"].lengths.tolist() == [4, 16]
+    assert names["tokens"].lengths.tolist() == [4, 16] or run == "ata"
 
 
 def test_training_without_yaml_is_the_same_to_the_last_bit(

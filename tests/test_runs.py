@@ -18,7 +18,7 @@ from framework.config import ConfigError, dump_yaml, load_config, resolve
 from framework.data.interface import Batch
 from framework.engine.checkpoint import CheckpointError, latest_checkpoint
 from framework.engine.experiment import Experiment
-from framework.tasks.interface import Context, StepOutput
+from framework.tasks.interface import Context, StepOutput, Task
 from framework.tasks.train_tokenizer import TrainTokenizer
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.tiny_run import files_of, tiny_config, train_tiny
@@ -39,16 +39,16 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, task_class: type[Task] = TrainTokenizer) -> None:
     """Press Ctrl-C in the middle of a training step."""
-    forward = TrainTokenizer.forward
+    forward, presses = task_class.forward, iter([True])
 
-    def interrupted(task: TrainTokenizer, batch: Batch, turn: str, context: Context) -> StepOutput:
-        if context.step == step:
+    def interrupted(task: Task, batch: Batch, turn: str, context: Context) -> StepOutput:
+        if context.step == step and next(presses, False):
             os.kill(os.getpid(), signal.SIGINT)
         return forward(task, batch, turn, context)
 
-    monkeypatch.setattr(TrainTokenizer, "forward", interrupted)
+    monkeypatch.setattr(task_class, "forward", interrupted)
 
 
 def stopped_run(folder: Path, *overrides: str, after: int = 3) -> str:

@@ -35,6 +35,12 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
     return load_config(ROOT / "projects/adatok/ntm.yaml", [*TINY, f"run.dir={folder}", *overrides])
 
 
+def tiny_policy_config(folder: Path, tokenizer: Path, *overrides: str, config: str = "ata") -> Config:
+    """AdaTok's second stage on such a run."""
+    own = [f"run.dir={folder}", f"run.cache={folder.parent / 'cache'}", f"tokenizer.weights={tokenizer}"]
+    return load_config(ROOT / f"projects/adatok/{config}.yaml", [*TINY, *own, *overrides])
+
+
 def train_tiny(folder: Path, *overrides: str, fresh: bool = False) -> tuple[Outcome, str]:
     """Train it; returns the outcome and what was said."""
     said: list[str] = []

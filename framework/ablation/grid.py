@@ -24,7 +24,8 @@ from framework.engine.experiment import Experiment
 Scalar = bool | int | float | str | None
 Inner = Scalar | list[Scalar] | dict[str, Scalar]
 Changes = dict[str, Scalar | list[Inner] | dict[str, Inner]]
-"""Values by dotted path, as on the command line; for what lies deeper than this type, write a longer path."""
+"""Values by dotted path, as on the command line; for what lies deeper than this type, write a longer path. In a value,
+``{seed}`` is the cell's seed."""
 
 
 _RESERVED = re.compile(r"run(\.seed|\.dir)?\s*=")
@@ -162,7 +163,8 @@ def _cells(grid: Grid, base: Path, changes: Sequence[str]) -> Iterator[Cell]:
     for seed, labels in product(grid.seeds, product(*axes)):
         folder = Path(grid.dir) / "_".join(map(slug, labels)) / f"seed_{seed}"
         layers = [grid.overrides or {}, *(axis[label] for axis, label in zip(axes, labels, strict=True))]
-        own = [*(f"{path}={inline(value)}" for layer in layers for path, value in layer.items()), *changes]
+        own = [f"{path}={inline(value)}" for layer in layers for path, value in layer.items()]
+        own = [*(change.replace("{seed}", str(seed)) for change in own), *changes]
         whole = [*own, f"run.seed={seed}", f"run.dir={inline(str(folder))}"]
         yield Cell(labels, seed, folder, tuple(own), ("--config", str(base), *whole), load_config(base, whole))
 

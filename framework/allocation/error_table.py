@@ -7,10 +7,12 @@ Shapes: i images, g budgets, f features, r rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,9 +24,14 @@ from framework.allocation.adaptive_tokenizer import allocation_request
 from framework.allocation.fidelity import Fidelity
 from framework.allocation.search import Trials, candidate_budgets
 from framework.config.errors import shorten
-from framework.data.interface import Batch
+from framework.data.interface import Batch, ImageData
+from framework.data.stream import Sequential
 from framework.runtime.files import write_bytes
+from framework.runtime.weights import weights_digest
 from framework.tokenizers.tokenizer import Tokenizer
+
+SAMPLE = 16
+"""Images that tell data sets apart, and are measured again to see whether a file still agrees with the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +46,6 @@ class ErrorTable:
         digest: of the tokenizer's weights.
         protocol: what else decides the numbers, as plain JSON: the data's protocol and the fidelity's settings.
 
-    Raises:
-        ValueError: if a key comes twice.
     """
 
     features: Tensor
@@ -49,10 +54,6 @@ class ErrorTable:
     keys: tuple[str, ...]
     digest: str
     protocol: Mapping[str, object]
-
-    def __post_init__(self) -> None:
-        if twice := len(self.keys) - len(self._row_of):
-            raise ValueError(f"{twice} of {len(self.keys)} keys come twice: an image is measured once, not augmented")
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -84,34 +85,71 @@ class ErrorTable:
 
         Args:
             tokenizer: in eval mode.
-            batches: images and their keys, each image once.
+            batches: images and their keys; one that comes again is left out, as is a crop that was drawn twice.
             progress: called with the number of images done after each batch.
 
         Raises:
-            ValueError: if the tokenizer is in training mode, budgets do not fit it, there are no images or a key
-                comes twice, or a feature or distortion is not finite (with the keys of the first such images).
+            ValueError: if the tokenizer is in training mode, budgets do not fit it, there are no images, or a feature
+                or distortion is not finite (with the keys of the first such images).
         """
         if tokenizer.training:
             raise ValueError("the tokenizer is in training mode, which is another model: call tokenizer.eval() first")
         budgets = candidate_budgets(budgets, tokenizer.num_tokens)
         device = next(tokenizer.parameters()).device
         measured: list[tuple[Tensor, Tensor]] = []
-        keys: list[str] = []
+        rows: dict[str, int] = {}  # of what was measured, by key
+        done = 0
         for batch in batches:
-            _, request = allocation_request(tokenizer, batch.images.to(device), batch.keys)
-            numbers = request.features.float().cpu(), Trials(request, fidelity).table(budgets).float().cpu()
-            if len(bad := (~torch.cat(numbers, dim=1).isfinite().all(dim=1)).nonzero().flatten().tolist()):
-                raise ValueError(
-                    f"features or distortions of {len(bad)} of {len(batch.keys)} images are not finite, first "
-                    f"{', '.join(batch.keys[row] for row in bad[:3])}: the tokenizer's weights have probably diverged"
-                )
-            measured.append(numbers)
-            keys += batch.keys
-            progress(len(keys))
-        if not keys:
+            new = [row for row, key in enumerate(batch.keys) if rows.setdefault(key, done + row) == done + row]
+            done += len(batch.keys)
+            if new:
+                keys = [batch.keys[row] for row in new]
+                _, request = allocation_request(tokenizer, batch.images[new].to(device), keys)
+                table = Trials(request, fidelity).table(torch.tensor(budgets))
+                measured.append(_finite(request.features.float().cpu(), table.float().cpu(), keys))
+            progress(done)
+        if not rows:
             raise ValueError("there are no images to make an error table of")
         features, distortions = map(torch.cat, zip(*measured, strict=True))
-        return cls(features, distortions, budgets, tuple(keys), digest, protocol)
+        return cls(features, distortions, budgets, tuple(rows), digest, protocol)
+
+    @classmethod
+    def cached(
+        cls,
+        folder: Path,
+        tokenizer: Tokenizer,
+        data: ImageData,
+        budgets: Sequence[int],
+        fidelity: Fidelity,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> ErrorTable:
+        """The table of a data set, from a file in ``folder`` where it has been computed before, else computed and kept.
+
+        Images are measured as they look in epoch 0. The file's name is a digest of the weights, the budgets, the
+        protocol and a few images. Code and settings without weights are not in it, so these images are measured again;
+        a file that does not agree, or is damaged, is replaced.
+
+        Raises:
+            ValueError: as ``compute``.
+            TooManyBroken: if more images cannot be read than the data set allows.
+        """
+        digest = weights_digest(tokenizer.state_dict())
+        some = list(Sequential(data, SAMPLE, limit=SAMPLE))
+        looks = weights_digest({"images": torch.cat([batch.images for batch in some])})
+        protocol = {"data": data.protocol(), "looks": looks, "fidelity": repr(fidelity)}
+        name = hashlib.sha256(json.dumps(_header(digest, budgets, protocol), sort_keys=True).encode()).hexdigest()[:16]
+        path = folder / f"error_table_{name}.safetensors"
+        measure = partial(cls.compute, tokenizer, budgets=budgets, fidelity=fidelity, digest=digest, protocol=protocol)
+        if path.is_file():
+            sample = measure(some)
+            with suppress(ValueError, LookupError):
+                table = cls.load(path, digest, budgets, protocol)
+                found = table.distortions[table.rows(sample.keys)]
+                if torch.allclose(found, sample.distortions, rtol=1e-3, atol=1e-6):
+                    return table
+        table = measure(Sequential(data, 64), progress=progress)
+        table.save(path)
+        return table
 
     def save(self, path: Path) -> None:
         """Write one ``.safetensors`` file, atomically; everything but the tensors is JSON in its header."""
@@ -148,6 +186,16 @@ class ErrorTable:
                     "what it holds, or remove it to compute it anew"
                 )
         return cls(features, distortions, tuple(found["budgets"]), tuple(found["keys"]), digest, found["protocol"])
+
+
+def _finite(features: Tensor, distortions: Tensor, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+    bad = (~torch.cat([features, distortions], dim=1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"features or distortions of {len(bad)} of {len(keys)} images are not finite, first "
+            f"{', '.join(keys[row] for row in bad[:3])}: the tokenizer's weights have probably diverged"
+        )
+    return features, distortions
 
 
 def _header(digest: str, budgets: Sequence[int], protocol: Mapping[str, object]) -> dict[str, object]:

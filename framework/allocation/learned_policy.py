@@ -17,11 +17,13 @@ from framework.tokenizers.interface import POLICIES, Allocation, AllocationPolic
 class LearnedPolicy(AllocationPolicy):
     """A categorical distribution over budgets from pooled features (AdaTok, section 4.2); the most likely is used.
 
-    Its last layer starts at zero, so that every image starts with all budgets equally likely. It computes in float32
-    whatever the tokenizer's precision.
+    Features are layer-normalised, then standardised over images: what images have in common is far larger than what
+    tells them apart, and without the second step policies often end at one length for all. The last layer starts at
+    zero, so that every image starts with all budgets equally likely. It computes in float32 whatever the tokenizer's
+    precision.
 
     Args:
-        budgets: candidate lengths, increasing; ``null`` for all from 1 to n.
+        budgets: candidate lengths, increasing; a number for every length from it to n, ``null`` from 1.
         width: of the hidden layers.
         depth: number of hidden layers.
         num_tokens: n.
@@ -32,11 +34,19 @@ class LearnedPolicy(AllocationPolicy):
     """
 
     def __init__(
-        self, budgets: list[int] | None = None, width: int = 128, depth: int = 2, *, num_tokens: int, feature_dim: int
+        self,
+        budgets: list[int] | int | None = None,
+        width: int = 128,
+        depth: int = 2,
+        *,
+        num_tokens: int,
+        feature_dim: int,
     ) -> None:
         super().__init__()
         self.budgets = candidate_budgets(budgets, num_tokens)
-        layers: list[nn.Module] = [nn.LayerNorm(feature_dim)]
+        # In use, the means over all of training: the features of a frozen tokenizer do not drift.
+        standardise = nn.BatchNorm1d(feature_dim, momentum=None, affine=False)
+        layers: list[nn.Module] = [nn.LayerNorm(feature_dim), standardise]
         for in_dim in [feature_dim, *[width] * depth][:depth]:
             layers += [nn.Linear(in_dim, width), nn.GELU()]
         last = nn.Linear(width if depth else feature_dim, len(self.budgets))

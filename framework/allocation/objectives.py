@@ -1,15 +1,17 @@
-"""How a policy learns from rewards: losses on its logits, with the rewards of all budgets at hand.
+"""How a policy learns from rewards: an objective chooses which budgets of each image it wants to see tried, and makes a
+loss on the policy's logits of their rewards.
 
-One encoding serves every budget, so the reward of a budget that was not drawn costs one decoding, and nothing at all
-where rewards come from a table. Objectives keep no state and never backpropagate through a reward.
+One encoding serves every budget, so each reward costs one decoding, and nothing where rewards come from a table.
+Objectives keep no state and never backpropagate through a reward.
 
-Shapes: b batch, g candidate budgets, k budgets that an objective reads.
+Shapes: b batch, g candidate budgets, k budgets of each image that an objective wants tried.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +19,9 @@ import torch
 from torch import Tensor
 
 from framework.config.registry import Registry
+
+RewardsAt = Callable[[Tensor], Tensor]
+"""Budgets of each image by number, ``(b, k)`` int64 -> their rewards ``(b, k)``."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,35 @@ class PolicyObjective(ABC):
         self.entropy = entropy
         self.entropy_end = entropy_end
 
-    def group(self, num_budgets: int) -> Tensor:
-        """Which budgets' rewards it reads, ``(k,)`` int64; the others' need not be known and may be NaN."""
-        return torch.arange(num_budgets)
+    @abstractmethod
+    def choose(self, log_probs: Tensor, budgets: Tensor, generator: torch.Generator) -> Tensor:
+        """Which budgets of each image to try, by number: ``(b, k)`` int64; arguments as in ``policy_losses``.
+
+        Where budgets are drawn, g numbers are taken from ``generator`` for each image.
+        """
 
     @abstractmethod
     def policy_losses(
-        self, log_probs: Tensor, rewards: Tensor, budgets: Tensor, generator: torch.Generator, old_log_probs: Tensor
+        self, log_probs: Tensor, chosen: Tensor, rewards: Tensor, budgets: Tensor, old_log_probs: Tensor
     ) -> dict[str, Tensor]:
-        """Named, weighted losses of each image, ``(b,)``; arguments as in ``loss``, rewards detached."""
+        """Named, weighted losses of each image, ``(b,)``.
+
+        Args:
+            log_probs: the policy's, ``(b, g)``.
+            chosen: what ``choose`` returned, ``(b, k)``.
+            rewards: of those, ``(b, k)``, detached.
+            budgets: lengths ``(g,)``, as floats.
+            old_log_probs: as in ``loss``.
+        """
+
+    def reward(self, log_probs: Tensor, rewards: Tensor) -> Tensor:
+        """What the policy may expect, ``(b,)``, from what was tried: log-probabilities and rewards ``(b, k)``."""
+        return (log_probs.softmax(dim=1) * rewards).sum(dim=1)
 
     def loss(
         self,
         logits: Tensor,
-        rewards: Tensor,
+        rewards_at: RewardsAt,
         budgets: Tensor,
         progress: float,
         generator: torch.Generator,
@@ -76,25 +96,26 @@ class PolicyObjective(ABC):
 
         Args:
             logits: the policy's, ``(b, g)``, float32.
-            rewards: ``(b, g)``.
+            rewards_at: called once, with what ``choose`` returned.
             budgets: lengths ``(g,)``.
             progress: of training, in [0, 1].
-            generator: a CPU generator, from which g numbers are taken for each image where budgets are drawn.
+            generator: a CPU generator.
             old_log_probs: ``(b, g)`` of the policy before the first of several steps on this batch; now's if None.
         """
         log_probs = logits.log_softmax(dim=1)
         now, probs = log_probs.detach(), log_probs.exp()
-        rewards, lengths = rewards.detach().to(log_probs), budgets.to(log_probs)
+        lengths = budgets.to(log_probs)
+        chosen = self.choose(now, lengths, generator)
+        rewards = rewards_at(chosen).detach().to(log_probs)
         entropy = -(probs * log_probs).sum(dim=1)
         weight = self.entropy_end + (self.entropy - self.entropy_end) * (1 + math.cos(math.pi * progress)) / 2
         old = now if old_log_probs is None else old_log_probs
-        losses = self.policy_losses(log_probs, rewards, lengths, generator, old) | {"entropy": -weight * entropy}
-        group = self.group(logits.shape[1]).to(logits.device)
+        losses = self.policy_losses(log_probs, chosen, rewards, lengths, old) | {"entropy": -weight * entropy}
         metrics = {
             "entropy": entropy,
             "log_probability": now.amax(dim=1),
             "length": (probs * lengths).sum(dim=1),
-            "reward": (now[:, group].softmax(dim=1) * rewards[:, group]).sum(dim=1),
+            "reward": self.reward(now.gather(1, chosen), rewards),
         }
         return ObjectiveOutput(
             {name: loss.mean() for name, loss in losses.items()},
@@ -113,8 +134,8 @@ class Reinforce(PolicyObjective):
     ``mean_length`` is the paper's advantage, A = R(L) + mu (R(L) - R(L_mean)), literally. L_mean is the batch's
     mean of E_pi[L], rounded to the nearest budget, and R(L_mean) the image's own reward there. A constant factor aside,
     that is a baseline of mu / (1 + mu) R(L_mean), a tenth of a baseline at mu 0.1, so little variance goes away.
-    ``expected_reward`` is A = R(L) - sum_L pi(L) R(L): unbiased, since the baseline does not depend on the draw, and
-    free, since all rewards are there.
+    ``expected_reward`` is A = R(L) - sum_L pi(L) R(L): unbiased, since the baseline does not depend on the draw. It
+    tries all budgets where the other tries two, which is free where rewards come from a table.
 
     Args:
         baseline: as above.
@@ -139,23 +160,34 @@ class Reinforce(PolicyObjective):
         self.baseline = baseline
         self.mu = 0.1 if mu is None else mu
 
-    def policy_losses(
-        self, log_probs: Tensor, rewards: Tensor, budgets: Tensor, generator: torch.Generator, old_log_probs: Tensor
-    ) -> dict[str, Tensor]:
-        """-A log pi of the drawn budgets, ``(b,)``."""
-        probs = log_probs.detach().exp()
+    def choose(self, log_probs: Tensor, budgets: Tensor, generator: torch.Generator) -> Tensor:
+        """The drawn budget first; then what the baseline needs: the batch's mean length, or all budgets."""
+        probs = log_probs.exp()
         # The largest of log-probabilities plus Gumbel noise is a draw, and never one of probability zero.
         uniform = torch.rand(probs.shape, generator=generator, dtype=torch.float64)
         gumbel = -(-uniform.log()).log()
-        drawn = (log_probs.detach().double() + gumbel.to(probs.device)).argmax(dim=1, keepdim=True)
-        gained = rewards.gather(1, drawn).squeeze(1)
+        drawn = (log_probs.double() + gumbel.to(probs.device)).argmax(dim=1, keepdim=True)
         if self.baseline == "expected_reward":
-            advantage = gained - (probs * rewards).sum(dim=1)
+            baseline = torch.arange(len(budgets), device=probs.device)
         else:
             mean_length = (probs * budgets).sum(dim=1).mean()
-            nearest = (budgets - mean_length).abs().argmin()
-            advantage = gained + self.mu * (gained - rewards[:, nearest])
-        return {"policy": -advantage * log_probs.gather(1, drawn).squeeze(1)}
+            baseline = (budgets - mean_length).abs().argmin()[None]
+        return torch.cat([drawn, baseline.expand(len(drawn), -1)], dim=1)
+
+    def policy_losses(
+        self, log_probs: Tensor, chosen: Tensor, rewards: Tensor, budgets: Tensor, old_log_probs: Tensor
+    ) -> dict[str, Tensor]:
+        """-A log pi of the drawn budgets, ``(b,)``."""
+        gained = rewards[:, 0]
+        if self.baseline == "expected_reward":
+            advantage = gained - (log_probs.detach().exp() * rewards[:, 1:]).sum(dim=1)
+        else:
+            advantage = gained + self.mu * (gained - rewards[:, 1])
+        return {"policy": -advantage * log_probs.gather(1, chosen[:, :1]).squeeze(1)}
+
+    def reward(self, log_probs: Tensor, rewards: Tensor) -> Tensor:
+        """The reward of the draw, ``(b,)``, whose mean is the expected one."""
+        return rewards[:, 0]
 
 
 @OBJECTIVES.register()
@@ -208,32 +240,31 @@ class DeterministicGroupGRPO(PolicyObjective):
         self.updates = updates
         self.kl = kl
 
-    def group(self, num_budgets: int) -> Tensor:
-        """The evenly spaced subset, ``(k,)`` int64.
+    def choose(self, log_probs: Tensor, budgets: Tensor, generator: torch.Generator) -> Tensor:
+        """The same budgets of every image, ``(b, k)``.
 
         Raises:
             ValueError: if the policy has fewer budgets than that.
         """
-        if self.budgets is None:
-            return super().group(num_budgets)
-        if self.budgets > num_budgets:
-            raise ValueError(f"the policy has {num_budgets} budgets, fewer than objective.budgets={self.budgets}")
-        return torch.linspace(0, num_budgets - 1, self.budgets, dtype=torch.float64).round().long()
+        last, count = len(budgets) - 1, self.budgets or len(budgets)
+        if count > len(budgets):
+            raise ValueError(f"the policy has {len(budgets)} budgets, fewer than objective.budgets={count}")
+        group = torch.linspace(0, last, count, dtype=torch.float64).round().long()
+        return group.to(log_probs.device).expand(len(log_probs), -1)
 
     def policy_losses(
-        self, log_probs: Tensor, rewards: Tensor, budgets: Tensor, generator: torch.Generator, old_log_probs: Tensor
+        self, log_probs: Tensor, chosen: Tensor, rewards: Tensor, budgets: Tensor, old_log_probs: Tensor
     ) -> dict[str, Tensor]:
         """The policy loss ``(b,)``, and the divergence where it has a weight."""
         probs = log_probs.exp()
-        group = self.group(rewards.shape[1]).to(rewards.device)
-        advantages = torch.zeros_like(rewards).index_copy(1, group, self._standardised(rewards[:, group]))
+        advantages = torch.zeros_like(log_probs).scatter(1, chosen, self._standardised(rewards))
         gain = probs * advantages
         if self.clip is not None:
             old = old_log_probs.exp()
             gain = torch.minimum(gain, probs.clamp(old * (1 - self.clip), old * (1 + self.clip)) * advantages)
         losses = {"policy": -gain.sum(dim=1)}
         if self.kl:
-            losses["kl"] = self.kl * ((probs * log_probs).sum(dim=1) + math.log(rewards.shape[1]))
+            losses["kl"] = self.kl * ((probs * log_probs).sum(dim=1) + math.log(len(budgets)))
         return losses
 
     def _standardised(self, rewards: Tensor) -> Tensor:

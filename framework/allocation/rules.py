@@ -52,7 +52,7 @@ class OracleAllocation(AllocationPolicy):
     Args:
         reward: what is best.
         fidelity: how a reconstruction is measured; ``SquaredError`` unless given.
-        budgets: lengths to choose from, increasing; every length from 1 to n unless given.
+        budgets: lengths to choose from, increasing; a number for every length from it to n, ``null`` from 1.
         num_tokens: n of the tokenizer.
         feature_dim: not read.
     """
@@ -61,7 +61,7 @@ class OracleAllocation(AllocationPolicy):
         self,
         reward: Reward,
         fidelity: Fidelity | None = None,
-        budgets: list[int] | None = None,
+        budgets: list[int] | int | None = None,
         *,
         num_tokens: int,
         feature_dim: int,
@@ -76,7 +76,7 @@ class OracleAllocation(AllocationPolicy):
     def forward(self, request: AllocationRequest) -> Allocation:
         trials = Trials(request, self.fidelity)
         budgets = torch.tensor(self.budgets, device=request.images.device)
-        rewards = self.reward(trials.table(self.budgets), budgets, self.num_tokens)
+        rewards = self.reward(trials.table(budgets), budgets, self.num_tokens)
         return trials.allocation(budgets[rewards.argmax(dim=1)])
 
 

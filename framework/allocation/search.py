@@ -18,13 +18,15 @@ from framework.allocation.fidelity import Fidelity, SquaredError
 from framework.tokenizers.interface import POLICIES, Allocation, AllocationPolicy, AllocationRequest
 
 
-def candidate_budgets(budgets: Sequence[int] | None, num_tokens: int) -> tuple[int, ...]:
-    """The budgets, or without any every length from 1 to ``num_tokens``.
+def candidate_budgets(budgets: Sequence[int] | int | None, num_tokens: int) -> tuple[int, ...]:
+    """The budgets; a number stands for every length from it to ``num_tokens``, and none for every length from 1.
 
     Raises:
         ValueError: if they do not increase from at least 1 to at most ``num_tokens``.
     """
-    chosen = tuple(range(1, num_tokens + 1)) if budgets is None else tuple(budgets)
+    if budgets is None or isinstance(budgets, int):
+        budgets = range(budgets or 1, max(num_tokens, budgets or 1) + 1)
+    chosen = tuple(budgets)
     fitting = tuple(sorted({min(max(budget, 1), num_tokens) for budget in chosen}))
     if not chosen or chosen != fitting:
         raise ValueError(
@@ -53,10 +55,11 @@ class Trials:
         self.made += len(rows)
         return self.fidelity(self.request.reconstruct(rows, lengths), self.request.images[rows])
 
-    def table(self, budgets: Sequence[int]) -> Tensor:
-        """Distortions of every image at every budget, ``(b, g)``."""
+    def table(self, lengths: Tensor) -> Tensor:
+        """Distortions ``(b, k)`` of every image at k lengths of its own, ``(b, k)`` int64, or at ``(k,)`` for all."""
         rows = torch.arange(len(self.request.images), device=self.request.images.device)
-        return torch.stack([self.distortions(rows, torch.full_like(rows, budget)) for budget in budgets], dim=1)
+        columns = lengths.to(rows.device).expand(len(rows), -1).unbind(dim=1)
+        return torch.stack([self.distortions(rows, column) for column in columns], dim=1)
 
     def allocation(self, lengths: Tensor) -> Allocation:
         """The lengths ``(b,)`` with what the trials cost."""
@@ -69,7 +72,7 @@ class ThresholdSearch(AllocationPolicy):
 
     Args:
         threshold: the highest distortion that will do, in the fidelity's unit.
-        budgets: lengths to choose from, increasing; every length from 1 to n unless given.
+        budgets: lengths to choose from, increasing; a number for every length from it to n, ``null`` from 1.
         fidelity: how a reconstruction is measured; ``SquaredError`` unless given.
         num_tokens: n of the tokenizer.
         feature_dim: not read; a search looks at errors, not at features.
@@ -78,7 +81,7 @@ class ThresholdSearch(AllocationPolicy):
     def __init__(
         self,
         threshold: float,
-        budgets: list[int] | None = None,
+        budgets: list[int] | int | None = None,
         fidelity: Fidelity | None = None,
         *,
         num_tokens: int,

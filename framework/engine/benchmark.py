@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from framework.data.interface import Batch, ImageData
 from framework.engine.experiment import Experiment
 from framework.engine.frozen import train_mode
-from framework.engine.trainer import Trainer, Training
+from framework.engine.trainer import Trainer
+from framework.engine.training import Training
 from framework.nn.attention import FORMS, choose_attention, mask_to_bias
 from framework.runtime.records import JsonLines, LogFile, Records
 from framework.runtime.rng import Generators

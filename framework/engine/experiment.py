@@ -11,7 +11,8 @@ import torch
 from framework.config.registry import Factory
 from framework.data.data import Data
 from framework.engine.trackers import Tracker
-from framework.engine.trainer import Trainer, Training
+from framework.engine.trainer import Trainer
+from framework.engine.training import Training
 from framework.runtime.records import run_records
 from framework.tasks.interface import Task
 from framework.tokenizers.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class RunOptions:
         device: ``auto`` takes CUDA where there is one.
         threads: CPU threads; ``null`` for all cores. Another number changes the last bits of results.
         trackers: dashboards that the numbers also go to, such as ``[{name: TensorBoard}]``.
+        cache: folder for what several runs may share, such as error tables; removed, it is computed anew.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class RunOptions:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int | None = None,
         trackers: tuple[Factory[Tracker], ...] = (),
+        cache: str = "runs/cache",
     ) -> None:
         self.dir = Path(dir)
         self.seed = seed
         self.device = device
         self.threads = threads
         self.trackers = trackers
+        self.cache = Path(cache)
 
     def torch_device(self) -> torch.device:
         """The device, with ``auto`` decided.

@@ -5,10 +5,9 @@ They stay in eval mode, outside optimizers, averages and checkpoints; a checkpoi
 
 from __future__ import annotations
 
-import hashlib
-
-import torch
 from torch import Tensor, nn
+
+from framework.runtime.weights import weights_digest
 
 
 def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -37,12 +36,4 @@ def train_mode(module: nn.Module) -> None:
 
 def frozen_digests(module: nn.Module) -> dict[str, str]:
     """The SHA-256 of each frozen part's names, types, shapes and values, by the part's name."""
-    return {name: _digest(frozen) for name, frozen in frozen_modules(module).items()}
-
-
-def _digest(module: nn.Module) -> str:
-    sha256 = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha256.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
+    return {name: weights_digest(frozen.state_dict()) for name, frozen in frozen_modules(module).items()}

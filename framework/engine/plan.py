@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.engine.experiment import Experiment
 from framework.engine.trainer import make_turns
 from framework.tokenizers.tokenizer import Tokenizer
@@ -91,10 +92,11 @@ def plan(experiment: Experiment) -> str:
     make_turns(experiment.task, experiment.train)
     if experiment.train.init_from is not None:
         experiment.train.init_from.match(experiment.task)
-    tokenizer, train, data = experiment.task.model, experiment.train, experiment.data
-    rows = [count_parameters(name, child) for name, child in tokenizer.named_children()]
+    model, train, data = experiment.task.model, experiment.train, experiment.data
+    rows = [count_parameters(name, child) for name, child in model.named_children()]
     rows.append(count_parameters("total", experiment.task))
     lines = ["parameters" + _table(("part", "trainable", "frozen", "total"), _parameter_rows(rows))]
+    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model
     if isinstance(tokenizer, Tokenizer):
         counted = count_operations(tokenizer).items()
         lines.append(

@@ -18,108 +18,20 @@ import torch
 from torch.profiler import record_function
 
 from framework.config.errors import did_you_mean
-from framework.config.registry import Factory
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential, Stream
 from framework.engine.acceleration import compiled_blocks, recompute_blocks
 from framework.engine.checkpoint import Best, CheckpointError, CheckpointStore, latest_checkpoint, load_weights
 from framework.engine.ema import ExponentialMovingAverage
 from framework.engine.frozen import frozen_digests, live_state, train_mode
-from framework.engine.init_from import Inheritance, InitFrom
+from framework.engine.init_from import Inheritance
 from framework.engine.meters import Means, Phase, Stopwatch
-from framework.engine.optimizers import Optimizer
-from framework.engine.schedules import Schedule
 from framework.engine.stop import StopFlag
+from framework.engine.training import Training
 from framework.engine.turns import TurnTraining, freeze, micro_batches, share_parameters
 from framework.runtime.records import Destination, Record, peak_memory_mib, run_records
 from framework.runtime.rng import Generators, global_state, set_global_state
 from framework.tasks.interface import Context, Task
-
-
-class Training:
-    """How long, how fast and how carefully to train: the YAML node ``train:``.
-
-    Args:
-        max_steps: optimizer steps of the whole run.
-        batch_size: images a step.
-        optimizer: of every turn that has none of its own.
-        schedule: factor on the learning rates, step by step.
-        turn_optimizers: optimizers by turn name, such as ``{discriminator: {name: AdamW, lr: 1e-4}}``.
-        clip_norm: gradients of a turn whose norm is larger are scaled down to it; ``null`` for no clipping.
-        precision: of matrix products and the like (autocast); weights and averages stay float32.
-        ema_decay: decay a step of the weights' moving average, in [0, 1); ``null`` for none.
-        log_every: steps between lines of metrics; losses are means over these steps.
-        validate_every: steps between validations, with averaged weights where there are some.
-        validate_images: how many held-out images a validation reads, always the same random ones.
-        checkpoint_every: steps between checkpoints.
-        keep_last: how many verified checkpoints stay on disk.
-        best: also keep the best checkpoint by a metric of validations, such as ``{metric: validation/mse@16}``; one is
-            saved whenever a validation improves on it.
-        accumulate: equal micro-batches that a step's images are split into, to fit memory. The step is that of the
-            whole batch, to the rounding of floats, where losses are means over images and random numbers are drawn
-            for each image.
-        recompute: activation checkpointing: keep the transformer blocks' inputs only, and compute what lies between
-            again going backward; the same numbers for less memory and about a third more time.
-        compile: compile the transformer blocks (torch.compile); takes a minute at each start and changes last bits.
-        freeze: globs over the task's parameters that are not trained. They stay in checkpoints and in the average,
-            unlike a part with ``frozen: true``, and their modules in training mode.
-        init_from: another run whose weights this one starts from.
-
-    Raises:
-        ValueError: if a count is below 1, ``clip_norm`` not positive, or ``batch_size`` no multiple of ``accumulate``.
-    """
-
-    def __init__(
-        self,
-        max_steps: int,
-        batch_size: int,
-        optimizer: Factory[Optimizer],
-        schedule: Factory[Schedule],
-        turn_optimizers: dict[str, Factory[Optimizer]] | None = None,
-        clip_norm: float | None = 1.0,
-        precision: Literal["float32", "bfloat16"] = "float32",
-        ema_decay: float | None = 0.999,
-        log_every: int = 20,
-        validate_every: int = 250,
-        validate_images: int = 512,
-        checkpoint_every: int = 500,
-        keep_last: int = 2,
-        best: Best | None = None,
-        accumulate: int = 1,
-        recompute: bool = False,
-        compile: bool = False,
-        freeze: tuple[str, ...] = (),
-        init_from: InitFrom | None = None,
-    ) -> None:
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.log_every = log_every
-        self.validate_every = validate_every
-        self.validate_images = validate_images
-        self.checkpoint_every = checkpoint_every
-        self.keep_last = keep_last
-        self.accumulate = accumulate
-        for name, count in vars(self).items():
-            if count < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {count}")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"train.clip_norm must be positive, or null for no clipping; got {clip_norm}")
-        if batch_size % accumulate:
-            raise ValueError(
-                f"train.batch_size must be a multiple of train.accumulate, got {batch_size} images in {accumulate} "
-                f"micro-batches: the nearest are {batch_size - batch_size % accumulate or accumulate} images"
-            )
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.turn_optimizers = turn_optimizers or {}
-        self.clip_norm = clip_norm
-        self.precision = precision
-        self.ema_decay = ema_decay
-        self.best = best
-        self.recompute = recompute
-        self.compile = compile
-        self.freeze = freeze
-        self.init_from = init_from
 
 
 class Outcome(NamedTuple):
@@ -240,8 +152,8 @@ class Trainer:
             batches = micro_batches(self._on_device(batch), self.options.accumulate)
             context = Context(step, step / self.options.max_steps, self.generators)
             for training in self.turns:
-                if training.turn.is_due(step):
-                    numbers = training.take(self.task, batches, context, self.phase)
+                for update in range(training.turn.updates if training.turn.is_due(step) else 0):
+                    numbers = training.take(self.task, batches, replace(context, update=update), self.phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
             if self.average is not None:
                 with self.phase("average"):

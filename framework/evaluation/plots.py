@@ -72,8 +72,8 @@ def plot_rate_distortion(curves: Mapping[str, RateDistortion], baseline: RateDis
     rate_axes.set_ylabel("share of images", size=15)
     rate_axes.set_title("Quality pass rate (rQPR)", loc="left", size=18)
     for axes in (error_axes, rate_axes):
-        _style(axes, first.lengths)
-    _write(figure, path)
+        style_lengths(axes, first.lengths)
+    write_figure(figure, path)
 
 
 def _plot_images(axes: Axes, curve: RateDistortion) -> None:
@@ -108,7 +108,7 @@ def plot_curves(panels: Mapping[str, Curves], errors: Collection[str], path: Pat
             axes.plot(lengths, means, color=colour, linewidth=2.2, marker=marker, markersize=7, label=name)
             low, high = ([pick(curve[length]) for length in lengths] for pick in (min, max))
             axes.fill_between(lengths, low, high, color=colour, alpha=0.16, linewidth=0)
-        _style(axes, sorted({length for curve in curves.values() for length in curve}))
+        style_lengths(axes, sorted({length for curve in curves.values() for length in curve}))
         axes.set_title(f"{metric}, mean and range over seeds", loc="left", size=18)
         if metric in errors and min(min(seeds) for curve in curves.values() for seeds in curve.values()) > 0:
             axes.set_yscale("log")
@@ -117,20 +117,27 @@ def plot_curves(panels: Mapping[str, Curves], errors: Collection[str], path: Pat
             axes.yaxis.set_minor_locator(NullLocator())
         axes.get_legend().remove()
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=13, ncols=2, loc="outside lower center")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _style(axes: Axes, lengths: Sequence[int]) -> None:
+def style_lengths(axes: Axes, lengths: Sequence[int]) -> None:
+    """Kept tokens on the horizontal axis, and ``style_axes``."""
     axes.set_xscale("log", base=2)
     ticks = [length for length in lengths if length.bit_count() == 1 or length == lengths[-1]]
     axes.set_xticks(ticks, [str(length) for length in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens kept per image", size=15)
+    style_axes(axes)
+
+
+def style_axes(axes: Axes) -> None:
+    """A pale grid, no frame, and the legend below."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=14)
-    axes.legend(frameon=False, fontsize=13, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=13, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def plot_reconstructions(images: Tensor, by_length: Mapping[int, Tensor], path: Path) -> None:
@@ -142,8 +149,8 @@ def plot_reconstructions(images: Tensor, by_length: Mapping[int, Tensor], path: 
         path: where to write.
     """
     rows = [[image, *(rebuilt[row] for rebuilt in by_length.values())] for row, image in enumerate(images)]
-    captions = [["", *(f"{_psnr(row[0], rebuilt):.1f} dB" for rebuilt in row[1:])] for row in rows]
-    headings = ["original", *(_count(length, "token") for length in by_length)]
+    captions = [["", *(f"{psnr_of(row[0], rebuilt):.1f} dB" for rebuilt in row[1:])] for row in rows]
+    headings = ["original", *(count(length, "token") for length in by_length)]
     _write_sheet(rows, captions, headings, path)
 
 
@@ -157,7 +164,7 @@ def plot_tiled_photograph(photograph: Tensor, tokenizer: Tokenizer, lengths: Seq
         path: where to write.
     """
     image_size = tokenizer.image_size
-    photograph = _fit_tiles(photograph, image_size)
+    photograph = fit_tiles(photograph, image_size)
     columns = photograph.shape[2] // image_size
     tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=image_size, w=image_size)
     device = next(tokenizer.parameters()).device
@@ -167,16 +174,15 @@ def plot_tiled_photograph(photograph: Tensor, tokenizer: Tokenizer, lengths: Seq
         photograph,
         *rearrange(rebuilt, "l (rows columns) c h w -> l c (rows h) (columns w)", columns=columns),
     ]
-    captions = [f"original\n{_count(len(tiles), 'tile')} of {image_size} x {image_size}"]
+    captions = [f"original\n{count(len(tiles), 'tile')} of {image_size} x {image_size}"]
     for length, cell in zip(lengths, cells[1:], strict=True):
         total = f"{length * len(tiles):,} in all"
-        captions.append(f"{_count(length, 'token')} a tile\n{total}, {_psnr(photograph, cell):.1f} dB")
+        captions.append(f"{count(length, 'token')} a tile\n{total}, {psnr_of(photograph, cell):.1f} dB")
     per_row = 2 if photograph.shape[2] >= photograph.shape[1] else len(cells)
-    starts = range(0, len(cells), per_row)
-    _write_sheet([cells[at : at + per_row] for at in starts], [captions[at : at + per_row] for at in starts], [], path)
+    write_rows(cells, captions, per_row, path)
 
 
-def _fit_tiles(photograph: Tensor, size: int) -> Tensor:
+def fit_tiles(photograph: Tensor, size: int) -> Tensor:
     """Scale to at most 24 tiles on the longer side and at least one on the shorter; crop the centre to whole tiles."""
     height, width = photograph.shape[1:]
     scale = max(min(1.0, 24 * size / max(height, width)), size / min(height, width))
@@ -189,6 +195,12 @@ def _fit_tiles(photograph: Tensor, size: int) -> Tensor:
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def write_rows(cells: Sequence[Tensor], captions: Sequence[str], per_row: int, path: Path) -> None:
+    """Images of one size, so many a row, each with a caption below."""
+    starts = range(0, len(cells), per_row)
+    _write_sheet([cells[at : at + per_row] for at in starts], [captions[at : at + per_row] for at in starts], [], path)
 
 
 def _write_sheet(
@@ -214,12 +226,12 @@ def _write_sheet(
         for column, (image, text) in enumerate(zip(images, texts, strict=True)):
             x = gap + column * (cell_width + gap)
             sheet[:, y : y + cell_height, x : x + cell_width] = image
-            label(x, y + cell_height + line / 2, text, size=14, color=GREY)
+            label(x, y + cell_height + line / 2, text, size=min(14, cell_width // 7), color=GREY)
     for column, text in enumerate(headings):
         label(gap + column * (cell_width + gap), top / 2, text, size=16, color="black")
     pixels = (rearrange(sheet, "c h w -> h w c") * 255).round().byte().numpy()
     axes.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _scale_for_display(image: Tensor, width: int) -> Tensor:
@@ -230,15 +242,18 @@ def _scale_for_display(image: Tensor, width: int) -> Tensor:
     return _resize(image, round(image.shape[1] * width / image.shape[2]), width)
 
 
-def _psnr(image: Tensor, reconstruction: Tensor) -> float:
+def psnr_of(image: Tensor, reconstruction: Tensor) -> float:
+    """Of one image ``(3, h, w)``, in dB."""
     return psnr(squared_error(image[None], reconstruction[None])).item()
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``1 token`` or ``2 tokens``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())

@@ -78,7 +78,7 @@ def evaluate_tokenizer(
     rebuilt = reconstructions(tokenizer, images.to(next(tokenizer.parameters()).device), curve.lengths)
     by_length = {length: images.float().cpu() for length, images in zip(curve.lengths, rebuilt, strict=True)}
     plot_reconstructions(images, by_length, folder / "reconstructions.png")
-    photograph = _choose_photograph(data, curve.groups)
+    photograph = choose_photograph(data, curve.groups)
     plot_tiled_photograph(photograph, tokenizer, few_lengths(tokenizer.num_tokens), folder / "photograph.png")
     return metrics
 
@@ -196,7 +196,7 @@ def spread_images(curve: RateDistortion, count: int = 6) -> list[int]:
     return list(dict.fromkeys(rows))
 
 
-def _choose_photograph(data: ImageData, groups: Sequence[str]) -> Tensor:
+def choose_photograph(data: ImageData, groups: Sequence[str]) -> Tensor:
     """A photograph in colour if there is one, the largest of those; of at most 16 groups."""
     photographs = map(data.whole, list(dict.fromkeys(groups))[:16])  # one at a time, for they may be large
     return max(photographs, key=lambda photograph: (_is_colour(photograph), photograph.numel()))

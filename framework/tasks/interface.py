@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ class Turn:
         parameters: globs over the task's parameter names.
         start: first step at which the turn is taken.
         period: the turn is taken at every ``period``-th step from there.
+        updates: optimizer steps on the same batch whenever the turn is taken.
     """
 
     name: str
     parameters: tuple[str, ...] = ("*",)
     start: int = 0
     period: int = 1
+    updates: int = 1
 
     def is_due(self, step: int) -> bool:
         """Whether the turn is taken at ``step`` (counted from 0)."""
@@ -43,12 +46,14 @@ class Turn:
 class Context:
     """What a step may know of the run: its number (from 0), progress in [0, 1], and one generator per purpose.
 
-    ``generator("lengths")`` is a CPU generator seeded from (seed, purpose, rank); its state is checkpointed.
+    ``generator("lengths")`` is a CPU generator seeded from (seed, purpose, rank); its state is checkpointed. ``update``
+    counts a turn's updates on the same batch, from 0.
     """
 
     step: int
     progress: float
     generator: Callable[[str], torch.Generator]
+    update: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Report:
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
         progress: told the name of a stage, how much of it is done, and how much there is.
+        histories: the lines of the ``metrics.jsonl`` of each run that is asked about, by the run's name.
     """
 
     data: ImageData
@@ -80,6 +86,7 @@ class Report:
     lengths: Sequence[int] | None = None
     limit: int | None = None
     progress: Callable[[str, int, int], None] | None = None
+    histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):
@@ -96,6 +103,18 @@ class Task(nn.Module, ABC):
     def model(self) -> nn.Module:
         """What a run is for: what the moving average follows and ``framework.load`` returns."""
 
+    def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> None:  # noqa: B027
+        """Called once before training, for what is computed of all training images beforehand.
+
+        Args:
+            data: the training images.
+            cache: a folder that runs share, for files that are named by what they were computed of; may not exist.
+            progress: as in ``Report``.
+
+        Raises:
+            ValueError: if the images do not fit the task.
+        """
+
     @abstractmethod
     def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
         """The losses of one turn on one micro-batch."""
@@ -107,6 +126,19 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def report(self, wanted: Report) -> None:
         """Leave the evaluation of a trained model in ``wanted.folder``: numbers, ``table.md``, plots and pictures."""
+
+    @classmethod
+    def compare(cls, tasks: Mapping[str, Any], wanted: Report) -> None:
+        """Measure the models of several runs on the same images; leave ``comparison.md`` and ``comparison.png``.
+
+        Args:
+            tasks: of this class, by the run's name, in eval mode.
+            wanted: ``record`` is empty.
+
+        Raises:
+            ValueError: if models of this kind are not compared.
+        """
+        raise ValueError(f"what {cls.__name__} has trained is not compared")
 
 
 TASKS = Registry("task", Task)

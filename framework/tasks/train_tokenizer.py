@@ -5,13 +5,13 @@ Shapes: b batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from framework.data.interface import Batch
 from framework.evaluation.rate_distortion import validation_errors
-from framework.evaluation.report import evaluate_tokenizer
+from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer
 from framework.losses.interface import Loss
 from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
 from framework.tokenizers.tokenizer import Tokenizer
@@ -67,4 +67,12 @@ class TrainTokenizer(Task):
             wanted.lengths,
             wanted.limit,
             wanted.progress,
+        )
+
+    @classmethod
+    def compare(cls, tasks: Mapping[str, TrainTokenizer], wanted: Report) -> None:
+        """Errors at several lengths, beside principal components."""
+        tokenizers = {name: task.tokenizer for name, task in tasks.items()}
+        compare_tokenizers(
+            tokenizers, wanted.data, wanted.folder, wanted.train_data, wanted.lengths, wanted.limit, wanted.progress
         )

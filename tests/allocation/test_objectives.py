@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from framework.allocation.learned_policy import LearnedPolicy
-from framework.allocation.objectives import OBJECTIVES, DeterministicGroupGRPO, PolicyObjective, Reinforce
+from framework.allocation.objectives import OBJECTIVES, DeterministicGroupGRPO, PolicyObjective, Reinforce, RewardsAt
 
 NUM_TOKENS = 8
 BUDGETS = torch.arange(1, NUM_TOKENS + 1)
@@ -24,10 +24,15 @@ def table(images: int = 6) -> tuple[Tensor, Tensor]:
     return both[0].requires_grad_(), both[1]
 
 
+def at(rewards: Tensor) -> RewardsAt:
+    """Rewards that are looked up in a table (b, g)."""
+    return lambda chosen: rewards.gather(1, chosen)
+
+
 def gradient(
     objective: PolicyObjective, logits: Tensor, rewards: Tensor, generator: torch.Generator, old: Tensor | None = None
 ) -> Tensor:
-    output = objective.loss(logits, rewards, BUDGETS, 0.0, generator, old)
+    output = objective.loss(logits, at(rewards), BUDGETS, 0.0, generator, old)
     return torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), logits)[0]
 
 
@@ -83,7 +88,7 @@ def test_the_expected_reward_is_the_better_baseline() -> None:
 def test_equation_8_by_hand() -> None:
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 7.0, 6.0, 8.0]])
     uniform = torch.zeros(2, 4, requires_grad=True)
-    output = Reinforce(mu=0.5, entropy=0).loss(uniform, rewards, torch.tensor([1, 2, 4, 8]), 0.0, seeded())
+    output = Reinforce(mu=0.5, entropy=0).loss(uniform, at(rewards), torch.tensor([1, 2, 4, 8]), 0.0, seeded())
     slopes = torch.autograd.grad(output.losses["policy"], uniform)[0]
     gained = rewards.gather(1, slopes.argmin(dim=1, keepdim=True))[:, 0]
     # The mean length is 3.75, so that the third budget is the nearest.
@@ -95,9 +100,9 @@ def test_the_mean_length_is_of_the_batch() -> None:
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 7.0, 6.0, 8.0]])
     split = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]])
     probs = split.softmax(dim=1)
-    drawn = Reinforce(mu=0, entropy=0).loss(split.requires_grad_(), torch.ones(2, 4), BUDGETS[:4], 0.0, seeded())
+    drawn = Reinforce(mu=0, entropy=0).loss(split.requires_grad_(), at(torch.ones(2, 4)), BUDGETS[:4], 0.0, seeded())
     index = torch.autograd.grad(drawn.losses["policy"], split)[0].argmin(dim=1, keepdim=True)
-    output = Reinforce(mu=0.5, entropy=0).loss(split, rewards, torch.tensor([1, 2, 4, 8]), 0.0, seeded())
+    output = Reinforce(mu=0.5, entropy=0).loss(split, at(rewards), torch.tensor([1, 2, 4, 8]), 0.0, seeded())
     gained = rewards.gather(1, index)[:, 0]
     mean = (probs.detach() * torch.tensor([1, 2, 4, 8])).sum(dim=1).mean()
     assert 3 < mean < 6
@@ -108,7 +113,7 @@ def test_the_mean_length_is_of_the_batch() -> None:
 
 def test_draws_follow_the_policy_and_never_take_what_is_impossible() -> None:
     logits = torch.tensor([0.0, -1e30, 1.0, -1e4]).repeat(20_000, 1).requires_grad_()
-    output = Reinforce(mu=0, entropy=0).loss(logits, torch.ones(20_000, 4), torch.arange(1, 5), 0.0, seeded())
+    output = Reinforce(mu=0, entropy=0).loss(logits, at(torch.ones(20_000, 4)), torch.arange(1, 5), 0.0, seeded())
     drawn = torch.autograd.grad(output.losses["policy"], logits)[0].argmin(dim=1)
     shares = torch.bincount(drawn, minlength=4) / 20_000
     assert shares.tolist() == pytest.approx([1 / (1 + math.e), 0, math.e / (1 + math.e), 0], abs=0.015)
@@ -127,7 +132,7 @@ def test_the_entropy_bonus_decays_by_half_a_cosine() -> None:
     probs = logits.detach().softmax(dim=1)
     entropy = -(probs * probs.log()).sum(dim=1).mean().item()
     weights = [
-        -objective.loss(logits, rewards, BUDGETS, progress, seeded()).losses["entropy"].item() / entropy
+        -objective.loss(logits, at(rewards), BUDGETS, progress, seeded()).losses["entropy"].item() / entropy
         for progress in (0.0, 0.5, 1.0)
     ]
     assert weights == pytest.approx([0.4, 0.25, 0.1])
@@ -135,10 +140,14 @@ def test_the_entropy_bonus_decays_by_half_a_cosine() -> None:
 
 def test_metrics_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]])
-    metrics = Reinforce().loss(logits, torch.tensor([[1.0, 2.0]]), torch.tensor([2, 6]), 0.0, seeded()).metrics
+    rewards, budgets = torch.tensor([[1.0, 2.0]]), torch.tensor([2, 6])
+    metrics = DeterministicGroupGRPO().loss(logits, at(rewards), budgets, 0.0, seeded()).metrics
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     wanted = {"entropy": entropy, "log_probability": math.log(0.75), "length": 5.0, "reward": 1.75}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(wanted)
+    many = (logits.repeat(4000, 1), at(rewards.repeat(4000, 1)), budgets, 0.0, seeded())
+    for baseline in ("mean_length", "expected_reward"):
+        assert Reinforce(baseline).loss(*many).metrics["reward"].item() == pytest.approx(1.75, abs=0.03)
 
 
 def test_clipping_starts_exact_and_stops_rewarding_beyond_the_clip() -> None:
@@ -146,7 +155,7 @@ def test_clipping_starts_exact_and_stops_rewarding_beyond_the_clip() -> None:
     exact = gradient(DeterministicGroupGRPO(entropy=0), logits, rewards, seeded())
     clipped = DeterministicGroupGRPO(clip=0.2, updates=4, entropy=0)
     torch.testing.assert_close(gradient(clipped, logits, rewards, seeded()), exact)
-    old = clipped.loss(logits, rewards, BUDGETS, 0.0, seeded()).log_probabilities
+    old = clipped.loss(logits, at(rewards), BUDGETS, 0.0, seeded()).log_probabilities
     torch.testing.assert_close(gradient(clipped, logits, rewards, seeded(), old), exact)
     # All mass already on the best budget: more of it is not rewarded, and neither is less of the worse ones.
     moved = (old + 5 * torch.nn.functional.one_hot(rewards.argmax(dim=1), NUM_TOKENS)).requires_grad_()
@@ -159,19 +168,20 @@ def test_clipping_starts_exact_and_stops_rewarding_beyond_the_clip() -> None:
     ratio = (moved.log_softmax(dim=1) - old).exp()
     advantages = standardised(rewards)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    loss = clipped.loss(moved, rewards, BUDGETS, 0.0, seeded(), old).losses["policy"]
+    loss = clipped.loss(moved, at(rewards), BUDGETS, 0.0, seeded(), old).losses["policy"]
     torch.testing.assert_close(loss, -(old.exp() * surrogate).sum(dim=1).mean())
 
 
 def test_a_subset_is_evenly_spaced_and_reads_nothing_else() -> None:
     objective = DeterministicGroupGRPO(budgets=3, entropy=0)
-    assert objective.group(9).tolist() == [0, 4, 8]
-    assert DeterministicGroupGRPO().group(3).tolist() == Reinforce().group(3).tolist() == [0, 1, 2]
+    now = torch.full((2, 9), -math.log(9))
+    assert objective.choose(now, torch.arange(1, 10), seeded()).tolist() == [[0, 4, 8]] * 2
+    assert DeterministicGroupGRPO().choose(now, torch.arange(1, 10), seeded()).tolist() == [list(range(9))] * 2
     logits, rewards = table()
     unknown = torch.full_like(rewards, torch.nan)
-    group = objective.group(NUM_TOKENS)
+    group = objective.choose(logits.detach(), BUDGETS, seeded())[0]
     unknown[:, group] = rewards[:, group]
-    output = objective.loss(logits, unknown, BUDGETS, 0.0, seeded())
+    output = objective.loss(logits, at(unknown), BUDGETS, 0.0, seeded())
     assert output.metrics["reward"].isfinite()
     advantages = torch.zeros_like(rewards)
     advantages[:, group] = standardised(rewards[:, group])
@@ -181,13 +191,13 @@ def test_a_subset_is_evenly_spaced_and_reads_nothing_else() -> None:
 
 def test_the_divergence_from_the_uniform_policy() -> None:
     logits, rewards = table()
-    loss = DeterministicGroupGRPO(kl=0.3).loss(logits, rewards, BUDGETS, 0.0, seeded()).losses["kl"]
+    loss = DeterministicGroupGRPO(kl=0.3).loss(logits, at(rewards), BUDGETS, 0.0, seeded()).losses["kl"]
     uniform = torch.full_like(rewards, 1 / NUM_TOKENS)
     wanted = torch.nn.functional.kl_div(
         uniform.log(), logits.log_softmax(dim=1), reduction="batchmean", log_target=True
     )
     torch.testing.assert_close(loss, 0.3 * wanted)
-    assert "kl" not in DeterministicGroupGRPO().loss(logits, rewards, BUDGETS, 0.0, seeded()).losses
+    assert "kl" not in DeterministicGroupGRPO().loss(logits, at(rewards), BUDGETS, 0.0, seeded()).losses
 
 
 ALL: list[PolicyObjective] = [
@@ -221,7 +231,7 @@ def test_extreme_logits_give_numbers(objective: PolicyObjective) -> None:
     rewards = torch.randn(2, NUM_TOKENS, generator=seeded())
     objective.entropy = 0.1
     for old in (None, logits.detach().flip(1).log_softmax(dim=1)):
-        output = objective.loss(logits, rewards, BUDGETS, 0.0, seeded(), old)
+        output = objective.loss(logits, at(rewards), BUDGETS, 0.0, seeded(), old)
         assert gradient(objective, logits, rewards, seeded(), old).isfinite().all()
         assert all(value.isfinite() for value in [*output.losses.values(), *output.metrics.values()])
     objective.entropy = 0.0
@@ -252,7 +262,7 @@ def test_a_policy_learns_what_the_features_tell(objective: PolicyObjective, reco
     for step in range(300):
         if step % objective.updates == 0:
             rows, old = torch.randint(512, (128,), generator=generator), None
-        output = objective.loss(policy.logits(features[rows]), rewards[rows], BUDGETS, step / 300, generator, old)
+        output = objective.loss(policy.logits(features[rows]), at(rewards[rows]), BUDGETS, step / 300, generator, old)
         old = output.log_probabilities if old is None else old
         optimizer.zero_grad()
         torch.stack(list(output.losses.values())).sum().backward()
@@ -271,7 +281,7 @@ def test_a_policy_learns_what_the_features_tell(objective: PolicyObjective, reco
         (lambda: DeterministicGroupGRPO(budgets=1), "at least 2"),
         (lambda: DeterministicGroupGRPO(clip=0.2), "2 with clip"),
         (lambda: DeterministicGroupGRPO(clip=1.5, updates=2), "between 0 and 1"),
-        (lambda: DeterministicGroupGRPO(budgets=9).group(8), "8 budgets, fewer than objective.budgets=9"),
+        (lambda: gradient(DeterministicGroupGRPO(budgets=9), *table(), seeded()), "8 budgets, fewer than objective"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(make: type, words: str) -> None:

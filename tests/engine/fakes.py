@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from framework.data.interface import Batch, ImageData
 from framework.engine.optimizers import AdamW
 from framework.engine.schedules import WarmupCosine
-from framework.engine.trainer import Trainer, Training
+from framework.engine.trainer import Trainer
+from framework.engine.training import Training
 from framework.runtime.records import JsonLines, LogFile, Records
 from framework.tasks.interface import Context, Report, StepOutput, Task, Turn
 

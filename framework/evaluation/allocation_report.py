@@ -1,0 +1,192 @@
+"""The evaluation that a policy leaves behind: its choices beside all others, in numbers, a table and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
+from framework.allocation.fidelity import Fidelity
+from framework.allocation.rewards import Reward
+from framework.data.interface import ImageData
+from framework.data.stream import subset
+from framework.evaluation.allocation_plots import (
+    PER_ROW,
+    History,
+    plot_allocated_photograph,
+    plot_landscape,
+    plot_lengths,
+    plot_training,
+    plot_wall,
+)
+from framework.evaluation.allocation_study import DEFINITIONS, AllocationStudy, study_allocation
+from framework.evaluation.image_metrics import THRESHOLDS
+from framework.evaluation.rate_distortion import Progress
+from framework.evaluation.report import choose_photograph
+from framework.evaluation.tables import csv_text, markdown
+from framework.runtime.files import write_text
+
+WALL_ROWS = 5
+MEANS = ("tokens", "reward", "MSE x 1000")
+
+
+def evaluate_allocation(
+    model: AdaptiveTokenizer,
+    reward: Reward,
+    fidelity: Fidelity,
+    data: ImageData,
+    folder: Path,
+    record: Mapping[str, object],
+    history: History = (),
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Measure a policy on held-out images and leave the results in a folder.
+
+    Writes ``metrics.json``, ``per_image.csv``, ``table.md``, ``landscape.png``, ``lengths.png``, ``wall.png``,
+    ``photograph.png`` where the policy can read tiles of one, and ``training.png`` where the history tells of training.
+
+    Args:
+        model: in eval mode, with any policy.
+        reward: in eval mode.
+        fidelity: what the reward reads.
+        data: images that were not trained on.
+        folder: created if needed.
+        record: which weights these are (run, step, seed); goes into the protocol.
+        history: lines of the run's ``metrics.jsonl``.
+        limit: measure a fixed random subset of so many images.
+        progress: told how far the measuring is.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        ValueError: see ``study_allocation``.
+    """
+    study = study_allocation(model, reward, fidelity, data, record, limit, progress)
+    summary = study.summary()
+    metrics: dict[str, object] = {"definitions": DEFINITIONS, "allocation": summary}
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "per_image.csv", _per_image(study))
+    plot_landscape(study, folder / "landscape.png")
+    plot_lengths(study, folder / "lengths.png")
+    if any("policy/entropy" in line for line in history):
+        plot_training({"policy": history}, [len(model.policy.budgets)], folder / "training.png")
+    rows = study.spread(WALL_ROWS * PER_ROW)
+    indices = {data.key(index): index for index in subset(len(data), limit)}
+    images = data.fetch([indices[study.keys[row]] for row in rows], epoch=0).images
+    plot_wall(images, study.lengths[rows], model.tokenizer, folder / "wall.png")
+    note = ""
+    try:
+        plot_allocated_photograph(choose_photograph(data, study.groups), model, folder / "photograph.png")
+    except ValueError as error:  # a policy that looks images up by name knows no tiles
+        note = f"\nNo photograph: {error}.\n"
+    write_text(folder / "table.md", _table(summary) + note)
+    return metrics
+
+
+def compare_allocations(
+    models: Mapping[str, tuple[AdaptiveTokenizer, Reward, Fidelity, History]],
+    data: ImageData,
+    folder: Path,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Measure several policies on the same images; leave ``comparison.md`` and, of their training, ``comparison.png``.
+
+    Args:
+        models: by name, each with its reward, what that reads, and the lines of its run's ``metrics.jsonl``.
+        data: images that were not trained on.
+        folder: created if needed.
+        limit: measure a fixed random subset of so many images.
+        progress: told how far the measuring is.
+
+    Raises:
+        ValueError: see ``study_allocation``.
+    """
+    header = ["run", *MEANS, "reward minus fixed at mean's", "of the gap to the oracle", "of that of the best fixed"]
+    rows = [[*header, "rank correlation with error"]]
+    for name, (model, reward, fidelity, _) in models.items():
+        summary = study_allocation(model, reward, fidelity, data, {}, limit, progress).summary()
+        rows.append(
+            [
+                name,
+                *_means(summary["policies"]["policy"]),
+                _difference(summary["differences"]["fixed_at_mean"], "reward"),
+                *(_text(share, ".0%") for share in summary["gap"].values()),
+                _text(summary["rank_correlation"]["error_at_shortest"], ".2f"),
+            ]
+        )
+    write_text(folder / "comparison.md", f"{markdown(rows, num_words=1)}\n{_scope(summary)}\n")
+    histories = {name: history for name, (*_, history) in models.items()}
+    plot_training(histories, [len(model.policy.budgets) for model, *_ in models.values()], folder / "comparison.png")
+
+
+def _per_image(study: AllocationStudy) -> str:
+    """One row per image: what the policy chose and got, beside four others."""
+    columns: dict[str, Sequence[object]] = {"key": study.keys, "group": study.groups}
+    columns["png_bytes"] = study.png_bytes.tolist()
+    for name in ("policy", "fixed_at_mean", "best_fixed", "binary_search", "oracle"):
+        for metric, table in study.tables.items():
+            column = metric if name == "policy" else f"{name}_{metric}"
+            columns[column] = study.choices[name].per_image(table).tolist()
+    return csv_text(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
+    header = ["", *MEANS, *rates, "encodings", "decodings"]
+    rows = [[*header, "policy's reward minus this", "policy's MSE x 1000 minus this"]]
+    for name, numbers in summary["policies"].items():
+        difference = summary["differences"].get(name)
+        rows.append(
+            [
+                name.replace("_", " "),
+                *_means(numbers),
+                *(f"{share:.0%}" for share in numbers["rqpr"].values()),
+                *(f"{numbers[passes]:.3g}" for passes in ("encoder_passes", "decoder_passes")),
+                *([_difference(difference, metric) for metric in ("reward", "mse")] if difference else ["", ""]),
+            ]
+        )
+    at_mean, best_fixed = (_text(share, ".0%") for share in summary["gap"].values())
+    with_error, with_bytes = (_text(correlation, ".2f") for correlation in summary["rank_correlation"].values())
+    hard = f" ({summary['unimodal_hard']:.1%} with tau 0)" if "unimodal_hard" in summary else ""
+    lines = [
+        "Means over images ± standard deviations; differences with 95% intervals over photographs, then their crops.",
+        f"The policy recovers {at_mean} of the oracle's gain in reward over the fixed length at its mean, and "
+        f"{best_fixed} of that over the best fixed length.",
+        f"Rank correlation of its lengths with the error at the shortest: {with_error}; with PNG bytes: {with_bytes}.",
+        f"Rewards are unimodal for {summary['unimodal']:.1%} of images{hard}; the distortion falls at "
+        f"{summary['falling']:.1%} of steps between budgets. The search asks for {summary['search_threshold']:.4g}.",
+        f"The reward: {summary['protocol']['reward']}.",
+        _scope(summary),
+    ]
+    return "\n\n".join([markdown(rows, num_words=1).rstrip(), *lines]) + "\n"
+
+
+def _scope(summary: Mapping[str, Any]) -> str:
+    protocol = summary["protocol"]
+    left_out = f", {protocol['broken']} left out that cannot be read" if protocol["broken"] else ""
+    images = f"{protocol['images']} images of {protocol['groups']} groups{left_out}"
+    return f"{images}; pixels in [0, 1]; {protocol['data']}."
+
+
+def _means(numbers: Mapping[str, Any]) -> list[str]:
+    """What stands under ``MEANS``."""
+    forms = {"length": (1, ".2f"), "reward": (1, ".4f"), "mse": (1000, ".2f")}
+    return [
+        f"{factor * numbers[metric]:{form}} ± {factor * numbers[metric + '_std']:{form}}"
+        for metric, (factor, form) in forms.items()
+    ]
+
+
+def _difference(numbers: Mapping[str, Any], metric: str) -> str:
+    factor, form = (1000, "+.2f") if metric == "mse" else (1, "+.4f")
+    mean, low, high = (factor * number for number in (numbers[metric], *numbers[f"{metric}_interval"]))
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _text(number: float | None, form: str) -> str:
+    return "none" if number is None else f"{number:{form}}"
