@@ -258,6 +258,19 @@ def test_missing_cells_are_told(tmp_path: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["missing"] == ["no-masking_4-more/seed_1"]
 
 
+def test_the_seed_stands_in_values(tmp_path: Path) -> None:
+    donor = {"tokenizer.encoder.weights": str(tmp_path / "runs/ntm_{seed}")}
+    _, cells = load_grid(write_grid(tmp_path, grid={"donor": {"own": {}, "other": donor}}))
+    found = [cell.config.tree["tokenizer"]["encoder"].get("weights") for cell in cells]
+    assert found == [None, str(tmp_path / "runs/ntm_0"), None, str(tmp_path / "runs/ntm_1")]
+
+
+def test_metrics_of_unknown_columns_wait_for_the_first_cell(tmp_path: Path) -> None:
+    grid, cells = load_grid(write_grid(tmp_path, metrics={"loss": {"path": "nothing/yet"}}))
+    write_report(grid, cells, [])
+    assert "| NTM | 8 | 0 |" in (Path(grid.dir) / "table.md").read_text()
+
+
 def test_a_report_of_nothing_is_a_table_to_fill(tmp_path: Path) -> None:
     folder = Path(reported(tmp_path, leave_out=8).dir)
     assert "| NTM | 8 | 0 |  |  |" in (folder / "table.md").read_text()

@@ -242,6 +242,24 @@ def test_loading_is_compared(
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
+def test_policies_are_compared(
+    tiny_policy: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "comparison"
+    arguments = ("evaluate", "--run", tiny_policy, tiny_policy, "--out", out, "--limit", "8")
+    assert run_tool(monkeypatch, *arguments) == 0
+    assert f"| {tiny_policy} | " in (out / "comparison.md").read_text()
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert run_tool(monkeypatch, *arguments, "--lengths", "4") == 2
+    assert "the policy chooses the lengths" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "evaluate", "--run", tiny_policy, tiny_run, "--out", out) == 2
+    assert "only runs of one kind are compared" in capsys.readouterr().err
+
+
 def test_several_runs_are_compared(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

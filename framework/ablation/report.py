@@ -126,7 +126,8 @@ def _best(columns: Mapping[str, Metric], means: Variants) -> set[tuple[int, int]
 
 def _rows(grid: Grid, columns: Iterable[str], variants: Variants) -> list[list[str]]:
     """A header; then labels, the number of seeds and estimates of each variant."""
-    texts = zip(*map(column_texts, zip(*variants.values(), strict=True)), strict=True)
+    by_column = [column_texts(column) for column in zip(*variants.values(), strict=True)]
+    texts = [[column[row] for column in by_column] for row in range(len(variants))]
     counts = [str(max((entry.num_values for entry in entries if entry), default=0)) for entries in variants.values()]
     rows = [[*labels, count, *row] for labels, count, row in zip(variants, counts, texts, strict=True)]
     return [[*grid.grid, "seeds", *columns], *rows]

@@ -136,14 +136,14 @@ class PlainLoop:
         device: where the models are.
 
     Raises:
-        ValueError: if the task takes more than one turn a step.
+        ValueError: if the task takes more than one turn or update a step.
     """
 
     def __init__(
         self, task: Task, batches: Iterator[Batch], options: Training, seed: int, device: torch.device
     ) -> None:
-        if len(task.turns) != 1:
-            raise ValueError(f"the plain loop has one optimizer, and {type(task).__name__} has {len(task.turns)} turns")
+        if len(task.turns) != 1 or task.turns[0].updates > 1:
+            raise ValueError(f"the plain loop takes one turn and one update a step, {type(task).__name__} {task.turns}")
         self.task, self.batches, self.options, self.device = task.to(device), batches, options, device
         self.turn = task.turns[0].name
         self.generators = Generators(seed)

@@ -107,3 +107,11 @@ def test_a_refusal_of_budgets_names_near_ones() -> None:
         candidate_budgets([32, 8], 16)
     with pytest.raises(ValueError, match=r"got \[\]; try \[16\]"):
         candidate_budgets([], 16)
+    with pytest.raises(ValueError, match=r"got \[17\]; try \[16\]"):
+        candidate_budgets(17, 16)
+    with pytest.raises(ValueError, match=r"budgets must increase, from 1"):
+        candidate_budgets(-1, 16)
+
+
+def test_a_number_stands_for_every_length_from_it() -> None:
+    assert candidate_budgets(14, 16) == (14, 15, 16) and candidate_budgets(None, 3) == (1, 2, 3)

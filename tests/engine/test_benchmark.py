@@ -113,7 +113,7 @@ def test_the_trainer_logs_and_the_run_directory_is_left_alone(tmp_path: Path, mo
 
 
 def test_the_plain_loop_has_one_optimizer() -> None:
-    with pytest.raises(ValueError, match="the plain loop has one optimizer, and TwoTurnTask has 2 turns"):
+    with pytest.raises(ValueError, match="the plain loop takes one turn and one update a step, TwoTurnTask"):
         PlainLoop(TwoTurnTask(), iter([]), training(), 0, CPU)
 
 

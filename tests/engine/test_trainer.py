@@ -129,6 +129,22 @@ def test_one_step_is_the_hand_written_one(tmp_path: Path) -> None:
         torch.testing.assert_close(value, task.state_dict()[name], rtol=1e-6, atol=1e-7)
 
 
+def test_a_turn_may_take_several_updates_on_a_batch(tmp_path: Path) -> None:
+    task, seen = FakeTask(), []
+    task.turns = (Turn("tokenizer", period=2, updates=3),)
+    before = task.net.positions.detach().clone()
+
+    def look(context: Context) -> None:
+        moved = not torch.equal(task.net.positions, before)
+        before.copy_(task.net.positions.detach())
+        seen.append((context.step, context.update, moved))
+
+    task.before = look
+    trainer(tmp_path, task, max_steps=4, ema_decay=None).fit()
+    wanted = [(step, update) for step in (0, 2) for update in range(3)]
+    assert [entry[:2] for entry in seen] == wanted and [entry[2] for entry in seen] == [False] + 5 * [True]
+
+
 def test_turns_are_taken_when_due_and_move_their_own_parameters_only(tmp_path: Path) -> None:
     task = TwoTurnTask()
     critic_before = task.critic.weight.detach().clone()
