@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,19 +37,16 @@ from framework.evaluation.plots import (
 from framework.evaluation.rate_distortion import mean_intervals
 from framework.tokenizers.tokenizer import Tokenizer
 
-History = Sequence[Mapping[str, object]]
+History = Sequence[Mapping[str, Any]]
 """The lines of a run's ``metrics.jsonl``."""
 
 PANELS = {
-    "Entropy of the policy, nats": ["policy/entropy"],
-    "Log-probability of the most likely budget": ["policy/log_probability"],
-    "Expected tokens per image": ["policy/length"],
-    "Reward on held-out images": ["validation/reward", "validation/reward_fixed", "validation/reward_oracle"],
+    "Entropy of the policy, nats": "policy/entropy",
+    "Log-probability of the most likely budget": "policy/log_probability",
+    "Expected tokens per image": "policy/length",
+    "Reward on held-out images, between two bounds": "share",
 }
 """Keys of a history, by the title of the panel (AdaTok, figures 9 and 10)."""
-
-LINES = {"-": "", "--": "best fixed length", ":": "oracle"}
-"""What a style stands for; the first for the run, which has its own name."""
 
 POINTS = {"policy": "o", "oracle": "*", "binary_search": "s", "png": "D", "shuffled": "x"}
 """Ways to choose, the one on top first."""
@@ -134,7 +132,7 @@ def _plot_against(axes: Axes, study: AllocationStudy, values: Tensor, name: str)
 
 
 def plot_training(histories: Mapping[str, History], num_budgets: Collection[int], path: Path) -> None:
-    """What a policy does while it learns: entropy, certainty, length, and reward between fixed length and oracle.
+    """What a policy does while it learns: entropy, certainty, length, and its share of the oracle's gain in reward.
 
     Args:
         histories: by the name of the run; one colour each.
@@ -143,20 +141,27 @@ def plot_training(histories: Mapping[str, History], num_budgets: Collection[int]
     """
     figure = Figure(figsize=(16, 11), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(2, 2)
-    for (title, keys), axes in zip(PANELS.items(), grid.flat, strict=True):
-        for key, (style, meaning) in zip(keys, LINES.items(), strict=False):
-            for (name, history), colour in zip(histories.items(), cycle(COLOURS), strict=False):
-                known = [(line["step"], line[key]) for line in history if line.get(key) is not None]
-                label = "" if meaning else name
-                axes.plot(*np.array(known).reshape(-1, 2).T, style, color=colour, linewidth=2, label=label)
-            axes.plot([], [], style, color=GREY, label=meaning)
+    for (title, key), axes in zip(PANELS.items(), grid.flat, strict=True):
+        for (name, history), colour in zip(histories.items(), cycle(COLOURS), strict=False):
+            known = [(line["step"], line[key]) for line in map(_with_share, history) if line.get(key) is not None]
+            axes.plot(*np.array(known).reshape(-1, 2).T, color=colour, linewidth=2, label=name)
         axes.set_title(title, loc="left", size=17)
         axes.set_xlabel("steps", size=15)
     for number in sorted(set(num_budgets)):
         grid[0, 0].axhline(math.log(number), color=GREY, linestyle=":", label=f"log {number}: all budgets alike")
+    for level, style, bound in ((0, "--", "best fixed length"), (1, ":", "oracle")):
+        grid[1, 1].axhline(level, color=GREY, linestyle=style, label=bound)
     for axes in grid.flat:
         style_axes(axes)
     write_figure(figure, path)
+
+
+def _with_share(line: Mapping[str, float]) -> Mapping[str, float]:
+    """A validation's line with the share of the oracle's gain over the best fixed length that the policy has."""
+    policy, fixed, oracle = (line.get(f"validation/reward{end}") for end in ("", "_fixed", "_oracle"))
+    if policy is None or fixed is None or oracle is None or oracle <= fixed:
+        return line
+    return {**line, "share": (policy - fixed) / (oracle - fixed)}
 
 
 @torch.no_grad()
