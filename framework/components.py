@@ -11,6 +11,7 @@ import framework.allocation.search
 import framework.allocation.weighting
 import framework.data.folder
 import framework.data.photos
+import framework.data.shards
 import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers

@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
         ("decode", 20, "time to decode a batch at several lengths, with random weights and without autocast"),
         ("allocation", 10, "time to choose lengths by a learned policy and by binary search, with random weights"),
         ("attention", 10, "explicit and fused attention, and which of them the framework takes"),
-        ("data", 10, "images/s from a folder: the framework, a loop that only decodes, and torchvision"),
+        ("data", 10, "images/s from a folder of images or shards: the framework, decoding alone, and other loaders"),
     ):
         command = commands.add_parser(name, help=text, description=text, **form)
         command.add_argument("--rounds", default=rounds, help=f"{rounds} unless given", **number)
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--steps", help="of a round; train.log_every unless given", **number)
     allocation.add_argument("--batch", dest="batch_sizes", nargs="+", default=[1, 64], help="1 64 by default", **number)
     allocation.add_argument("--shortest", default=1, help="length to choose, 1 unless given", **number)
-    data.add_argument("--root", required=True, metavar="DIR", help="a folder of images")
+    data.add_argument("--root", required=True, metavar="DIR", help="a folder of images or of shards")
     data.add_argument("--image-size", default=256, help="side, 256 unless given", **number)
     data.add_argument("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="0 2 unless given")
     return parser.parse_args()

@@ -5,33 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from framework.config.registry import Factory
-from framework.data.interface import DATA, Batch, ImageData, in_unit_range
+from framework.data.encoded import EncodedImages
+from framework.data.interface import DATA
 from framework.data.listing import list_images, read_classes, read_files
-from framework.data.transforms import (
-    DECODING,
-    MAX_PIXELS,
-    PILLOW_MAX_PIXELS,
-    CenterCrop,
-    ImageError,
-    RandomCrop,
-    Transform,
-    check_pixels,
-    open_image,
-    to_tensor,
-)
+from framework.data.transforms import MAX_PIXELS, Transform, open_image
 from framework.runtime.files import digest
 
 
 @DATA.register()
-class ImageFolder(ImageData):
+class ImageFolder(EncodedImages):
     """Every image below a folder, in sorted order, decoded when asked for.
 
     Each immediate subfolder with images (at any depth) is a class, numbered by sorted name. Where images lie loose in
@@ -75,18 +62,7 @@ class ImageFolder(ImageData):
         training: bool,
         seed: int,
     ) -> None:
-        if not 0 <= max_broken < 1:
-            raise ValueError(f"ImageFolder: max_broken is a share, at least 0 and below 1; got {max_broken:g}")
-        if not 1 <= max_pixels <= PILLOW_MAX_PIXELS:
-            raise ValueError(f"ImageFolder: max_pixels goes from 1 to {PILLOW_MAX_PIXELS}, got {max_pixels}")
-        usual: type[Transform] = RandomCrop if training else CenterCrop
-        self.transform = (transform or usual)(image_size=image_size)
-        self.flip = flip
-        self.max_broken = max_broken
-        self.max_pixels = max_pixels
-        self.image_size = image_size
-        self.training = training
-        self.seed = seed
+        super().__init__(transform, flip, max_broken, max_pixels, image_size=image_size, training=training, seed=seed)
         self.root = existing_folder(root)
         self.lists = {name: Path(file).expanduser() for name, file in (("classes", classes), ("files", files)) if file}
         if "files" in self.lists:
@@ -125,53 +101,18 @@ class ImageFolder(ImageData):
     def key(self, index: int) -> str:
         return self.paths[index]
 
-    def fetch(self, indices: Sequence[int], epoch: int) -> Batch:
-        return in_unit_range(self.read(indices, epoch))
+    def index_of(self, key: str) -> int:
+        return self.paths.index(key)
 
-    def read(self, indices: Sequence[int], epoch: int) -> Batch:
-        images = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        read: list[int] = []
-        broken: dict[str, str] = {}
-        for index in indices:
-            try:
-                pixels = self._load(index, epoch)
-            except ImageError as error:
-                broken[self.paths[index]] = error.reason
-            else:
-                images[len(read)] = pixels
-                read.append(index)
-        names = [self.paths[index] for index in read]
-        labels = None if self.labels is None else self.labels[torch.as_tensor(read, dtype=torch.int64)]
-        return Batch(torch.from_numpy(images[: len(read)]), names, names, labels, broken)
+    def labels_of(self, indices: Sequence[int]) -> Tensor | None:
+        return None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
-    def _load(self, index: int, epoch: int) -> NDArray[np.uint8]:
-        rng = np.random.default_rng((self.seed, epoch if self.training else 0, index))
-        image = self.transform(self._open(self.paths[index]), rng)
-        pixels = rearrange(np.asarray(image), "h w c -> c h w")
-        return pixels[..., ::-1] if self.training and rng.random() < self.flip else pixels
-
-    def _open(self, path: str) -> Image.Image:
-        image = open_image(self.root / path, self.max_pixels)
-        shorter, longer = sorted(image.size)
-        resized = self.image_size**2 * longer // shorter
-        check_pixels(path, resized, self.max_pixels, f" after resizing {image.width}x{image.height}")
-        return image
-
-    def whole(self, group: str) -> Tensor:
-        return to_tensor(open_image(self.root / group, self.max_pixels)).float() / 255
+    def photograph(self, index: int) -> Image.Image:
+        return open_image(self.root / self.paths[index], self.max_pixels)
 
     def protocol(self) -> dict[str, object]:
-        return {
-            "source": str(self.root.absolute()),
-            "split": self.root.name,
-            "count": len(self),
-            "classes": len(self.classes),
-            "lists": {name: f"{file} (sha256 {digest(file)[:12]})" for name, file in self.lists.items()},
-            "decoding": DECODING,
-            "crop": self.transform.protocol(),
-            "augmentation": f"flip {self.flip:g}" if self.training else "none",
-            "range": "[0, 1]",
-        }
+        lists = {name: f"{file} (sha256 {digest(file)[:12]})" for name, file in self.lists.items()}
+        return {"source": str(self.root.absolute()), "split": self.root.name, "lists": lists} | super().protocol()
 
 
 def existing_folder(root: str) -> Path:

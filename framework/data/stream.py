@@ -20,7 +20,7 @@ from framework.runtime.hashing import uniforms
 class Stream(Iterator[Batch]):
     """Every image once per epoch, in an order drawn anew for each, for ever.
 
-    Sample i of the stream is place ``i % n`` of the order of epoch ``i // n``, and the order depends on (seed, epoch)
+    Sample i of the stream is place ``i % n`` of ``data.order`` of epoch ``i // n``, which depends on (seed, epoch)
     alone. A batch may therefore reach over an epoch's end, and a data set may be smaller than a batch. Of each global
     batch of ``batch_size * world_size`` samples, rank r takes rows ``r::world_size``.
 
@@ -61,7 +61,7 @@ class Stream(Iterator[Batch]):
             self._batches = self._start()
         batch = in_unit_range(next(self._batches))
         self.broken |= batch.broken
-        _refuse_too_many(self.data, self.broken, len(self.data))
+        refuse_too_many(self.data, self.broken, len(self.data))
         self.samples_seen += self.batch_size * self.world_size
         return batch
 
@@ -87,7 +87,7 @@ class Stream(Iterator[Batch]):
     def _start(self) -> Iterator[Batch]:
         fetcher = _Fetcher(self.data, self.seed)
         step = self.batch_size * self.world_size
-        plan = _plan(len(self.data), self.seed, self.samples_seen, step, self.rank, self.world_size)
+        plan = _plan(self.data, self.seed, self.samples_seen, step, self.rank, self.world_size)
         if self.num_workers == 0:
             return map(fetcher.__getitems__, plan)
         loader = DataLoader(
@@ -133,7 +133,7 @@ class Sequential(Iterator[Batch]):
             start = next(self._starts)
             batch = self._data.fetch(self._indices[start : start + self._batch_size], epoch=0)
             self.broken |= batch.broken
-            _refuse_too_many(self._data, self.broken, len(self._indices))
+            refuse_too_many(self._data, self.broken, len(self._indices))
             if batch.keys:
                 return batch
 
@@ -142,7 +142,8 @@ class Sequential(Iterator[Batch]):
         return {"broken": len(self.broken), "first_broken": dict(islice(self.broken.items(), 20))}
 
 
-def _refuse_too_many(data: ImageData, broken: Mapping[str, str], total: int) -> None:
+def refuse_too_many(data: ImageData, broken: Mapping[str, str], total: int) -> None:
+    """Raise a ``TooManyBroken`` if more images of ``total`` are broken than the share that a data set may leave out."""
     if len(broken) <= data.max_broken * total:
         return
     first = "".join(f"\n  {key}: {reason}" for key, reason in islice(broken.items(), 5))
@@ -155,13 +156,14 @@ def _refuse_too_many(data: ImageData, broken: Mapping[str, str], total: int) -> 
 
 
 def _plan(
-    num_images: int, seed: int, start: int, step: int, rank: int, world_size: int
+    data: ImageData, seed: int, start: int, step: int, rank: int, world_size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """One rank's batches from global sample ``start`` on, as (epoch, index) pairs.
 
     A function, not a method: a generator that held its stream would be a cycle, and workers that are left to the
     cycle collector do not hear that they should stop.
     """
+    num_images = len(data)
     order_epoch, order = -1, np.empty(0, dtype=np.int64)
     while True:
         batch = []
@@ -169,7 +171,7 @@ def _plan(
             epoch, place = divmod(sample, num_images)
             if epoch != order_epoch:
                 order_epoch = epoch
-                order = np.argsort(uniforms(seed, "order", epoch, range(num_images)), kind="stable")
+                order = data.order(seed, epoch)
             batch.append((epoch, int(order[place])))
         yield batch
         start += step

@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -51,22 +52,26 @@ class ImageError(ValueError):
 
 
 @contextmanager
-def image_file(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def image_file(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, content: bytes | None = None
+) -> Iterator[Image.Image]:
     """An image file with its header read and nothing decoded yet.
+
+    Args:
+        path: of the file, or a name for messages where there is ``content``.
+        max_pixels: an image may have.
+        content: of the file, where it lies in none of its own.
 
     Raises:
         ImageError: if the file is missing, no image of a format in ``FORMATS`` or larger than ``max_pixels``; also
             for whatever goes wrong with the image inside the ``with`` block.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(path, "no regular file")  # opening a pipe would wait for ever
-        if not status.st_size:
+        if not (_size(path) if content is None else len(content)):
             raise ImageError(path, "the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes that have a limit here
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path if content is None else BytesIO(content), formats=FORMATS) as image:
                 check_pixels(path, image.width * image.height, max_pixels, "")
                 yield image
     except (ImageError, MemoryError):
@@ -78,14 +83,23 @@ def image_file(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> It
         raise ImageError(path, reason) from error
 
 
+def _size(path: str | os.PathLike[str]) -> int:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "no regular file")  # opening a pipe would wait for ever
+    return status.st_size
+
+
 def check_pixels(path: str | os.PathLike[str], pixels: int, max_pixels: int, when: str) -> None:
     """Refuse an image, or what would become of it, before so much memory is taken."""
     if pixels > max_pixels:
         raise ImageError(path, f"{pixels:,} pixels{when}, and max_pixels is {max_pixels:,}")
 
 
-def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Any image file as upright 8-bit RGB.
+def open_image(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, content: bytes | None = None
+) -> Image.Image:
+    """Any image file as upright 8-bit RGB; arguments as of ``image_file``.
 
     The EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits, and of 16-bit
     colours Pillow keeps the upper 8; of several frames the first is taken. Colours are as stored: ICC profiles are
@@ -95,7 +109,7 @@ def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         ImageError: if the file is missing, damaged, no image or larger than ``max_pixels``. Damage that the format
             cannot show, such as changed bytes inside a JPEG, goes unnoticed.
     """
-    with image_file(path, max_pixels) as image:
+    with image_file(path, max_pixels, content) as image:
         image.load()
         with suppress(Exception):  # damaged EXIF says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)

@@ -47,12 +47,16 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # or the name would take the place of the words
+            error.filename = error.filename or str(path)
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file atomically and durably, making its folder if there is none.
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written piece by piece; it takes its name, atomically and durably, at the end of the block.
+
+    Its folder is made if there is none. An error inside the block leaves an existing file untouched, too.
 
     Raises:
         OSError: if the disk is full or the folder cannot be written; an existing file is then untouched.
@@ -61,14 +65,21 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with _naming(path), open(temporary, "wb") as file:
-            _write(file, content)
+            yield file
+            file.flush()
             _fsync(file.fileno())
         _replace(temporary, path)
-    except OSError:
+    except Exception:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file, as ``new_file`` does."""
+    with new_file(path) as file:
+        _write(file, content)
 
 
 def write_text(path: Path, text: str) -> None:

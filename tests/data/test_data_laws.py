@@ -14,7 +14,10 @@ import torch
 from framework.data.folder import ImageFolder
 from framework.data.interface import DATA, Batch, ImageData, in_unit_range
 from framework.data.photos import Photos
+from framework.data.shard_index import Members
+from framework.data.shards import Shards
 from framework.data.stream import Stream
+from tests.data.make_shards import written
 from tests.data.pictures import picture
 
 
@@ -27,9 +30,24 @@ def image_folder(root: Path, training: bool, seed: int) -> ImageFolder:
     return ImageFolder(str(root), max_broken=0.2, image_size=16, training=training, seed=seed)
 
 
+def shards(root: Path, training: bool, seed: int) -> Shards:
+    for number in range(12):
+        path = root / f"images/class{number % 3}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture().rotate(25 * number, expand=True).save(path)
+    written(root / "images", root / "shards", images_per_shard=5)
+    shard = root / "shards/00001.tar"
+    image = Members.parse((root / "shards/00001.members.json").read_bytes()).images[1]
+    content = bytearray(shard.read_bytes())
+    content[image.offset : image.offset + 9] = b"no image."
+    shard.write_bytes(content)
+    return Shards(str(root / "shards"), max_broken=0.2, image_size=16, training=training, seed=seed)
+
+
 BUILD: dict[str, Callable[[Path, bool, int], ImageData]] = {
     "ImageFolder": image_folder,
     "Photos": lambda root, training, seed: Photos("validation", 12, image_size=16, training=training, seed=seed),
+    "Shards": shards,
 }
 NAMES = [name for name, _ in DATA]
 
