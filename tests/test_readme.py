@@ -63,7 +63,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    assert {arguments_of(command)[0] for command in COMMANDS} == {"train_net", "evaluate", "ablate", "info"}
+    assert {arguments_of(command)[0] for command in COMMANDS} == {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark"}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "train_net.py" in command])
@@ -91,6 +91,8 @@ def test_other_commands_work(
     shutil.copytree(tiny_policy, "runs/adatok/ata_grpo")
     Path("my/photos").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save("my/photos/a.png")
+    if "--root my/shards" in command:
+        assert run_tool(monkeypatch, "make_shards", "my/photos", "my/shards") == 0
     name, arguments = arguments_of(command)
     only = ["--dry-run"] if name == "ablate" else []  # tests/test_ablation.py trains
     assert run_tool(monkeypatch, name, *arguments, *only) == 0, capsys.readouterr().err
