@@ -17,6 +17,7 @@ from torch import nn
 import framework.components  # noqa: F401 - registers every part
 from framework.config import Config, build, dump_yaml, load_config, resolve
 from framework.config.find import config_of_run
+from framework.config.find import find_config as find_config
 from framework.engine import run_directory
 from framework.engine.checkpoint import (
     Best,
@@ -37,26 +38,12 @@ from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome
 from framework.runtime.files import write_text
 from framework.runtime.progress import Stages
+from framework.runtime.ranks import Ranks
 from framework.tasks.interface import Report
 
 Weights = Literal["ema", "model"]
 Which = Literal["latest", "best"]
 Split = Literal["train", "validation", "test"]
-
-
-def find_config(path: str) -> Path:
-    """A configuration by its path: from here, or else from where the framework is installed.
-
-    Raises:
-        RunError: if neither place has it; the text lists what is near.
-    """
-    installed = Path(__file__).parents[1] / path
-    for candidate in (Path(path), installed):
-        if candidate.is_file():
-            return candidate
-    folder = Path(path).parent if Path(path).parent.is_dir() else installed.parent
-    there = sorted(str(file) for file in folder.glob("*.yaml"))
-    raise RunError(f"there is no configuration {path}" + (f"; {folder} holds {', '.join(there)}" if there else ""))
 
 
 def experiment_from(config: Config, device: str = "cpu") -> Experiment:
@@ -100,13 +87,16 @@ def dry_run(config: Config) -> str:
         raise RunError(str(error)) from error
 
 
-def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Outcome:
+def train(
+    config: Config, say: Callable[[str], None], fresh: bool = False, ranks: Ranks | None = None
+) -> Outcome:
     """Train as the configuration says, from the start or from where the same run stopped, and evaluate the result.
 
     Args:
         config: checked here, and its parts built, before anything is written.
         say: told where things are.
         fresh: move an older run of that directory aside instead of continuing it.
+        ranks: the processes that train together, of which the main one writes and evaluates.
 
     Raises:
         ConfigError: if the configuration is wrong, or a tracker's package is not installed.
@@ -115,6 +105,8 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
         RunError: if the directory holds a run of another configuration or another process trains there, if the
             optimizers do not fit what is trained, or if files cannot be read or written, such as on a full disk.
     """
+    ranks = ranks or Ranks()
+    say = say if ranks.is_main else _say_nothing
     text = dump_yaml(resolve(config, Experiment))
     folder = Path(config.tree["run"]["dir"])
     if not fresh:
@@ -127,11 +119,16 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
     experiment = experiment_from(config)
     _use_threads(experiment)
     try:
-        trainer = experiment.trainer
+        trainer = experiment.trainer(ranks)
         starts = fresh or not checkpoint_folders(folder / "checkpoints")
         inheritance = trainer.take_over() if starts else None
     except ValueError as error:
         raise RunError(str(error)) from error
+    ranks.wait()  # all have seen the directory as it was
+    if not ranks.is_main:
+        ranks.wait()
+        _prepare(experiment)
+        return trainer.fit()
     if fresh and folder.exists():
         with run_directory.hold(folder, say):
             say(f"moved the older run to {run_directory.move_aside(folder)}")
@@ -139,11 +136,13 @@ def train(config: Config, say: Callable[[str], None], fresh: bool = False) -> Ou
         write_text(folder / "config.yaml", text)
         run_directory.record_start(folder, {} if inheritance is None else {"init_from": inheritance.record})
         _prepare(experiment)
+        ranks.wait()  # the others find what was prepared
         outcome = trainer.fit()
-        if outcome.status == "stopped":
-            say(f"stopped and saved at step {outcome.step} of {experiment.train.max_steps}; the same command continues")
-        else:
+        if outcome.status == "finished":
             _evaluate(experiment, folder, "validation", folder / "evaluation", say)
+        else:
+            said = "stopped and saved at step" if outcome.status == "stopped" else "preempted, and saved at step"
+            say(f"{said} {outcome.step} of {experiment.train.max_steps}; the same command continues")
         run_directory.record_end(folder, outcome.status, outcome.step)
     return outcome
 
@@ -300,6 +299,10 @@ def _prepare(experiment: Experiment) -> None:
             experiment.task.prepare(experiment.data.train, experiment.run.cache, progress)
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def _say_nothing(text: str) -> None:
+    """What the main process says need not be said twice."""
 
 
 def _skip(module: nn.Module, source: str, path: str) -> None:

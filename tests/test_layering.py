@@ -17,14 +17,15 @@ MAX_CODE_LINES = 9_000
 # From the lowest level up; a module imports from lower levels and from its own folder, never across a level.
 LEVELS = [
     ("framework.config", "framework.runtime"),
-    ("framework.tokens", "framework.nn"),
+    ("framework.tokens", "framework.nn", "framework.launch.options"),
     ("framework.losses", "framework.data"),
     ("framework.tokenizers",),
     ("framework.generators", "framework.allocation"),
     ("framework.interop", "framework.evaluation"),
     ("framework.tasks",),
     ("framework.engine",),
-    ("framework.runs", "framework.launch"),
+    ("framework.runs",),
+    ("framework.launch",),
     ("framework.ablation",),
     ("projects", "tools"),
 ]

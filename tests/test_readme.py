@@ -63,7 +63,8 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    assert {arguments_of(command)[0] for command in COMMANDS} == {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark"}
+    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark"}
+    assert {arguments_of(command)[0] for command in COMMANDS} == tools
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "train_net.py" in command])
@@ -71,6 +72,9 @@ def test_training_commands_pass_the_check(
     command: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, arguments = arguments_of(command)
+    if "--slurm" in arguments:
+        assert run_tool(monkeypatch, name, *arguments) == 0 and "#SBATCH --nodes=2" in capsys.readouterr().out
+        return
     kept = [argument for argument in arguments if argument not in ("--check", "--dry-run", "--profile")]
     assert run_tool(monkeypatch, name, *kept, "--check") == 0, capsys.readouterr().err
     assert run_tool(monkeypatch, name, *kept, "--check", "run.no_such_key=1") == 2  # it is the check that passes

@@ -382,7 +382,7 @@ def test_a_configuration_is_found_from_any_folder(tmp_path: Path, monkeypatch: p
     Path("projects/adatok").mkdir(parents=True)
     Path("projects/adatok/ntm.yaml").write_text("{}")
     assert runs.find_config("projects/adatok/ntm.yaml") == Path("projects/adatok/ntm.yaml")
-    with pytest.raises(runs.RunError) as caught:
+    with pytest.raises(FileNotFoundError) as caught:
         runs.find_config("projects/adatok/nmt.yaml")
     assert str(caught.value).startswith("there is no configuration projects/adatok/nmt.yaml; projects/adatok holds")
     assert "ntm.yaml" in str(caught.value)

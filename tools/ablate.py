@@ -12,11 +12,14 @@ examples:
   python tools/ablate.py --config projects/adatok/ablations/masking.yaml --dry-run
   python tools/ablate.py --config projects/adatok/ablations/masking.yaml --jobs 2
   python tools/ablate.py --config projects/adatok/ablations/masking.yaml --only 'ntm*/seed_0'
+  python tools/ablate.py --config projects/adatok/ablations/masking.yaml --slurm --partition gpu --jobs 8
   python tools/ablate.py --config projects/adatok/ablations/masking.yaml dir=runs/short seeds=[0] train.max_steps=100
 """
 
 
 def main() -> int:
+    from framework.launch.options import add_flags, slurm_flags
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,20 +31,26 @@ def main() -> int:
     only.add_argument("--report", action="store_true", help="only write the tables and the plot again")
     changes = "changes to the grid (dir, seeds, ...), or else to every cell, in YAML"
     parser.add_argument("overrides", nargs="*", metavar="dotted.path=value", help=changes)
+    add_flags(parser)
     arguments = parser.parse_intermixed_args()
+    flags = slurm_flags(parser, arguments, ["report"])
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
 
     from framework import runs
     from framework.ablation.grid import choose, load_grid
     from framework.ablation.report import write_report
+    from framework.ablation.submission import submit_cells
     from framework.ablation.training import survey, train_cells
     from framework.config import ConfigError
+    from framework.launch.slurm import SubmissionError
 
     try:
         grid, cells = load_grid(runs.find_config(arguments.config), arguments.overrides)
         chosen = choose(cells, arguments.only)
-        if arguments.dry_run:
+        if arguments.slurm:
+            print(submit_cells(grid, chosen, flags, arguments.jobs, arguments.dry_run))
+        elif arguments.dry_run:
             finished, refused = survey(cells)
             for cell in chosen:
                 state = "finished" if cell in finished else "other run" if cell in refused else "to train"
@@ -58,7 +67,7 @@ def main() -> int:
             outcome = train_cells(grid, cells, chosen, program, arguments.jobs, say)
             print(f"{outcome}; {Path(grid.dir) / 'table.md'}")
             return {"finished": 0, "failed": 1, "stopped": 130}[outcome]
-    except (ConfigError, runs.RunError, OSError) as error:
+    except (ConfigError, SubmissionError, runs.RunError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 EXAMPLE = """\
@@ -14,15 +13,15 @@ examples:
   OMP_NUM_THREADS=1 python tools/benchmark.py allocation --config projects/adatok/ntm.yaml --batch 1 64
   OMP_NUM_THREADS=1 python tools/benchmark.py attention
   OMP_NUM_THREADS=1 python tools/benchmark.py data --root my/photos
-decode and allocation read no images, so a data root that the configuration asks for may be any folder:
+train runs under torchrun too. decode and allocation read no images, so a data root may be any folder:
   IMAGENET_TRAIN=. IMAGENET_VAL=. python tools/benchmark.py decode --config projects/adatok/imagenet/ntm.yaml --batch 4
 """
 
 
 def count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+    if int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
 
 
 def parse() -> argparse.Namespace:
@@ -57,18 +56,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = vars(parse())
     from framework import runs
-    from framework.config import ConfigError, load_config
-    from framework.engine import allocation_benchmark, benchmark, data_benchmark
+    from framework.config import ConfigError
+    from framework.launch.benchmarks import benchmark_lines
 
-    lines: dict[str, Callable[..., Iterator[str]]] = {
-        "train": benchmark.training_lines, "decode": benchmark.decoding_lines, "attention": benchmark.attention_lines,
-        "allocation": allocation_benchmark.allocation_lines, "data": data_benchmark.loading_lines,
-    }  # fmt: skip
     try:
-        if "config" in options:
-            config = load_config(runs.find_config(options.pop("config")), options.pop("overrides"))
-            options["experiment"] = runs.experiment_from(config)
-        for line in lines[options.pop("command")](**options):
+        for line in benchmark_lines(**options):
             print(line, flush=True)
     except (ConfigError, runs.RunError, ValueError, TypeError, OSError) as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Shows what the framework knows, and what is in a folder of images."""
+"""Shows what the framework knows, what is in a folder of images, and what runs are doing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ EXAMPLE = """\
 examples:
   python tools/info.py components quantizer
   python tools/info.py data my/photos --decode 5000 --workers 4 --out broken.txt
+  python tools/info.py runs
 """
 
 
@@ -35,6 +36,9 @@ def parse() -> argparse.Namespace:
     data.add_argument("--workers", type=count, default=2, metavar="N", help="processes; 2 unless given, 0 for this one")
     data.add_argument("--classes", metavar="FILE", help="look only at the classes that this file lists, one a line")
     data.add_argument("--out", type=Path, metavar="FILE", help="write broken files there, a path and a reason a line")
+    text = "a line on each run below folders: state, step, time left, last numbers, starts, alarms"
+    runs = commands.add_parser("runs", help=text, description=text, **form)
+    runs.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="DIR", help="runs/ unless given")
     return parser.parse_args()
 
 
@@ -46,6 +50,11 @@ def main() -> int:
             from framework.config import component_list
 
             print(component_list(arguments.axis))
+            return 0
+        if arguments.command == "runs":
+            from framework.launch.status import table
+
+            print(table(arguments.folders))
             return 0
 
         from framework.data.inspect import inspect_folder

@@ -12,10 +12,13 @@ examples:
   python tools/train_net.py --config projects/adatok/ntm.yaml run.dir=runs/mine \\
       data.train.name=ImageFolder data.train.root=photos
   python tools/train_net.py --config projects/adatok/ntm.yaml --profile
+  python tools/train_net.py --config projects/adatok/ntm.yaml --slurm --nodes 2 --gpus-per-node 8 --time 12:00:00
 """
 
 
 def main() -> int:
+    from framework.launch.options import add_flags, slurm_flags
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,14 +30,22 @@ def main() -> int:
     only.add_argument("--dry-run", action="store_true", help="only build, and print parameters, operations and steps")
     only.add_argument("--profile", action="store_true", help="time ten steps aside; leave a trace and a table")
     only.add_argument("--fresh", action="store_true", help="move an older run aside, and start anew")
+    add_flags(parser)
     arguments = parser.parse_intermixed_args()  # changes may stand before and after --check
+    flags = slurm_flags(parser, arguments, ("check", "profile", "fresh"))
+    overrides = arguments.overrides + ([] if arguments.seed is None else [f"run.seed={arguments.seed}"])
+    if arguments.slurm:
+        from framework.launch.slurm import submit_training
+
+        return submit_training(arguments.config, overrides, flags, arguments.dry_run)
 
     from framework import runs
     from framework.config import ConfigError, load_config
     from framework.engine.checkpoint import CheckpointError
     from framework.engine.turns import NonFiniteError
+    from framework.launch import local
+    from framework.runtime.ranks import PeerError
 
-    overrides = arguments.overrides + ([] if arguments.seed is None else [f"run.seed={arguments.seed}"])
     try:
         config = load_config(runs.find_config(arguments.config), overrides)
         if arguments.check:
@@ -45,11 +56,13 @@ def main() -> int:
         elif arguments.profile:
             runs.profile(config, print)
         else:
-            outcome = runs.train(config, print, fresh=arguments.fresh)
-            return 0 if outcome.status == "finished" else 130
+            return local.train(config, [sys.executable, __file__, *sys.argv[1:]], arguments.fresh)
     except (ConfigError, runs.RunError, CheckpointError, NonFiniteError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except PeerError as error:
+        print(error, file=sys.stderr)
+        return local.PEER_ERROR
     except KeyboardInterrupt:
         print("interrupted; what was saved stays, and the same command continues", file=sys.stderr)
         return 130

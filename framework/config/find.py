@@ -1,4 +1,4 @@
-"""Which configuration makes a run."""
+"""Where configurations are, and which of them makes a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from pathlib import Path
 
 from framework.config.errors import ConfigError
 from framework.config.load import load_config
+
+
+def find_config(path: str) -> Path:
+    """A configuration by its path: from here, or else from where the framework is installed.
+
+    Raises:
+        FileNotFoundError: if neither place has it; the text lists what is near.
+    """
+    installed = Path(__file__).parents[2] / path
+    for candidate in (Path(path), installed):
+        if candidate.is_file():
+            return candidate
+    folder = Path(path).parent if Path(path).parent.is_dir() else installed.parent
+    there = sorted(str(file) for file in folder.glob("*.yaml"))
+    holds = f"; {folder} holds {', '.join(there)}" if there else ""
+    raise FileNotFoundError(f"there is no configuration {path}{holds}")
 
 
 def config_of_run(run_dir: Path, folders: Iterable[Path]) -> str | None:

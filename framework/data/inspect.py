@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from framework.data.folder import existing_folder
 from framework.data.listing import Listing, list_images, read_classes
-from framework.data.stream import ignore_interrupt, subset
+from framework.data.stream import ignore_signals, subset
 from framework.data.transforms import MAX_PIXELS, ImageError, image_file, open_image
 
 
@@ -133,7 +133,7 @@ def inspect_folder(
     total = len(listing.images)
     examined = _Examined(folder, listing.images, set(subset(total, decode)))
     facts: list[Facts] = []
-    for some in DataLoader(examined, 64, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupt):
+    for some in DataLoader(examined, 64, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals):
         facts += some
         progress("images", len(facts), total)
     return Inspection(folder, listing, facts)

@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from framework.data.folder import ImageFolder, existing_folder
 from framework.data.listing import read_classes
 from framework.data.shard_index import INDEX, Index, Members, Shard, describe, members_name
-from framework.data.stream import ignore_interrupt, refuse_too_many, subset
+from framework.data.stream import ignore_signals, refuse_too_many, subset
 from framework.data.transforms import EXTENSIONS, RESIZING, ImageError, open_image
 from framework.runtime.files import PARTIAL, new_file, remove_partial, write_text
 from framework.runtime.hashing import uniforms
@@ -179,7 +179,7 @@ def _end_with_parent() -> None:
             parent.join()
             os._exit(1)
 
-    ignore_interrupt(0)  # the parent decides; shards that are begun are finished
+    ignore_signals(0)  # the parent decides; shards that are begun are finished
     Thread(target=watch, daemon=True).start()
 
 

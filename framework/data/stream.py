@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count, groupby, islice
@@ -95,7 +97,7 @@ class Stream(Iterator[Batch]):
             batch_sampler=plan,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # or the loader would draw its workers' seed from the global generator
         )
         return iter(loader)
@@ -247,6 +249,16 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SLURM signal every process there is; the main one decides what it means, and may end its workers."""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader, RandomSampler
 from framework.data.interface import Batch, ImageData
 from framework.engine.experiment import Experiment
 from framework.engine.frozen import train_mode
+from framework.engine.step_cost import step_cost_lines
 from framework.engine.trainer import Trainer
 from framework.engine.training import Training
 from framework.nn.attention import FORMS, choose_attention, mask_to_bias
+from framework.runtime.ranks import Ranks
 from framework.runtime.records import JsonLines, LogFile, Records
 from framework.runtime.rng import Generators
 from framework.tasks.interface import Context, Task
@@ -232,13 +234,22 @@ def compare_training(experiment: Experiment, rounds: int, steps: int) -> Times:
     return _without_first(times)
 
 
-def training_lines(experiment: Experiment, rounds: int, steps: int | None) -> Iterator[str]:
-    """What ``compare_training`` finds, with ``train.log_every`` steps a round unless given."""
+def training_lines(
+    experiment: Experiment, rounds: int, steps: int | None, ranks: Ranks | None = None
+) -> Iterator[str]:
+    """What a step costs and, of one process alone, what ``compare_training`` finds.
+
+    Args:
+        steps: of a round; ``train.log_every`` unless given.
+        ranks: the processes that train together.
+    """
     yield machine(experiment.run.torch_device())
-    steps = steps or experiment.train.log_every
-    times = compare_training(experiment, rounds, steps)
-    yield f"{experiment.train.precision}, {steps} steps of each loop a round"
-    yield times.table(steps * experiment.train.batch_size)
+    steps, ranks = steps or experiment.train.log_every, ranks or Ranks()
+    yield from step_cost_lines(experiment, steps, ranks)
+    if ranks.size == 1:
+        times = compare_training(experiment, rounds, steps)
+        yield f"{experiment.train.precision}, {steps} steps of each loop a round"
+        yield times.table(steps * experiment.train.batch_size)
 
 
 def decoding_cases(tokenizer: Tokenizer, batch_size: int) -> dict[str, Tokens]:

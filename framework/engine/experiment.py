@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,9 @@ from framework.data.data import Data
 from framework.engine.trackers import Tracker
 from framework.engine.trainer import Trainer
 from framework.engine.training import Training
-from framework.runtime.records import run_records
+from framework.launch.options import Launch
+from framework.runtime.ranks import Ranks
+from framework.runtime.records import Records, run_records
 from framework.tasks.interface import Task
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ class Experiment:
         tokenizer: the tokenizer to train or to use.
         task: what one training step computes.
         train: steps, batch, optimizer, schedule, checkpoints.
+        launch: on how many processes and machines; who launches reads it, and it may change while a run goes on.
     """
 
     def __init__(
@@ -76,15 +78,19 @@ class Experiment:
         tokenizer: Factory[Tokenizer],
         task: Factory[Task],
         train: Training,
+        launch: Launch = Launch(),  # noqa: B008 - read only
     ) -> None:
         self.run = run
+        self.launch = launch
         self.train = train
         self.data: Data = data(seed=run.seed)
         self.task: Task = task(tokenizer=tokenizer(image_size=self.data.image_size))
 
-    @cached_property
-    def trainer(self) -> Trainer:
+    def trainer(self, ranks: Ranks | None = None) -> Trainer:
         """The engine over this experiment's parts; the models move to the run's device.
+
+        Args:
+            ranks: the processes that train together, this one alone unless given.
 
         Raises:
             ConfigError: if a tracker's package is not installed.
@@ -99,5 +105,11 @@ class Experiment:
             folder=self.run.dir,
             num_workers=self.data.num_workers,
             device=self.run.torch_device(),
-            records=run_records(self.run.dir, [tracker(folder=self.run.dir) for tracker in self.run.trackers]),
+            records=self._records(ranks or Ranks()),
+            ranks=ranks,
         )
+
+    def _records(self, ranks: Ranks) -> Records:
+        if not ranks.is_main:
+            return Records([])
+        return run_records(self.run.dir, [tracker(folder=self.run.dir) for tracker in self.run.trackers])

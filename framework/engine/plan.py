@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.engine.experiment import Experiment
 from framework.engine.trainer import make_turns
+from framework.engine.training import Training
 from framework.tokenizers.tokenizer import Tokenizer
+
+H100_OPERATIONS = 989e12
+"""A second, dense bfloat16, from NVIDIA's data sheet (SXM)."""
+SHARE_OF_PEAK = 0.4
+"""What well-fed transformers of these sizes reach; an assumption, which ``tools/benchmark.py train`` measures."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ def plan(experiment: Experiment) -> str:
     lines = ["parameters" + _table(("part", "trainable", "frozen", "total"), _parameter_rows(rows))]
     tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model
     if isinstance(tokenizer, Tokenizer):
-        counted = count_operations(tokenizer).items()
+        counted = count_operations(tokenizer)
         lines.append(
             f"multiply-adds per image of {data.image_size}x{data.image_size} at {tokenizer.num_tokens} tokens"
-            + _table(("part", "operations"), [(name, f"{count:,}") for name, count in counted])
+            + _table(("part", "operations"), [(name, f"{count:,}") for name, count in counted.items()])
         )
+        if tokenizer is model:
+            lines.append(_cost(counted["total"], train, rows[-1]))
     num_images = train.max_steps * train.batch_size
     epochs = num_images / len(data.train)
     parts = "" if train.accumulate == 1 else f" in {train.accumulate} micro-batches"
@@ -112,6 +120,26 @@ def plan(experiment: Experiment) -> str:
     )
     lines.append(f"run directory: {experiment.run.dir}, seed {experiment.run.seed}")
     return "\n\n".join(lines)
+
+
+def _cost(multiply_adds: int, train: Training, parameters: Parameters) -> str:
+    """What training takes, from counts alone: operations, hours on a GPU, memory before activations, disk."""
+    # Two operations a multiply-add forward, and twice as many backward.
+    operations = 6 * multiply_adds * train.max_steps * train.batch_size
+    hours = operations / (SHARE_OF_PEAK * H100_OPERATIONS) / 3600
+    # In float32: weights, gradients, two moments, and the average.
+    copies = 2 + (train.ema_decay is not None)
+    held = 4 * (parameters.total + (1 + copies) * parameters.trainable)
+    kept = 4 * (1 + copies) * parameters.trainable
+    return (
+        f"training takes {operations:.2g} operations at full length: {hours:.2g} hours of an H100 (bfloat16) at "
+        f"{SHARE_OF_PEAK:.0%} of its peak\nmemory before activations {_gib(held)}; a checkpoint {_gib(kept)}, of which "
+        f"{train.keep_last} are kept"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB"
 
 
 def _parameter_rows(rows: list[Parameters]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ import difflib
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -40,10 +41,10 @@ def hold(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def refuse_another(folder: Path, text: str) -> None:
-    """Raise if the directory holds a run of another configuration than ``text``."""
+    """Raise if the directory holds a run of another configuration than ``text``, but for where it is launched."""
     file = folder / "config.yaml"
     old = file.read_text(errors="replace") if file.exists() else text
-    if old == text:
+    if _without_launch(old) == _without_launch(text):
         return
     try:
         load_config(file)
@@ -59,6 +60,10 @@ def refuse_another(folder: Path, text: str) -> None:
         f"{folder} holds a run of another configuration. Choose another run.dir, or start anew with --fresh, which "
         "moves the old run aside:\n" + "\n".join(changes)
     )
+
+
+def _without_launch(text: str) -> str:
+    return re.sub(r"^launch:.*\n( .*\n)*", "", text, flags=re.MULTILINE)
 
 
 def move_aside(folder: Path) -> Path:

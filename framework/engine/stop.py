@@ -1,4 +1,7 @@
-"""Stopping cleanly: a signal sets a flag, and the loop saves at the next step boundary."""
+"""Stopping cleanly: a signal sets a flag, and the loop saves at the next step boundary.
+
+SIGINT and SIGTERM end the run for now; SIGUSR2, which SLURM sends before it takes the machine away, asks for a requeue.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopFlag:
-    """While entered, SIGINT and SIGTERM set ``is_set``; a second SIGINT raises ``KeyboardInterrupt`` at once.
+    """While entered, signals set ``is_set``, and SIGUSR2 ``is_preempted``; a second SIGINT raises KeyboardInterrupt.
 
     The previous handlers come back on leaving. Outside the main thread Python takes no handlers: the flag stays unset.
     """
 
     def __init__(self) -> None:
         self.is_set = False
+        self.is_preempted = False
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -41,6 +45,8 @@ class StopFlag:
             raise SystemExit(128 + number)
         if self.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # What was asked for last counts: SIGTERM after SIGUSR2 may be somebody who cancels the job.
+        self.is_preempted = number == signal.SIGUSR2
         if not self.is_set:
             self.is_set = True
             # os.write, since print may be interrupted in itself and refuse to be entered again.

@@ -8,7 +8,7 @@ order and metric lines are bit for bit those of a run that was never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +29,19 @@ from framework.engine.meters import Means, Phase, Stopwatch
 from framework.engine.stop import StopFlag
 from framework.engine.training import Training
 from framework.engine.turns import TurnTraining, freeze, micro_batches, share_parameters
-from framework.runtime.records import Destination, Record, peak_memory_mib, run_records
+from framework.runtime.ranks import Ranks
+from framework.runtime.records import Destination, Record, Records, peak_memory_mib, run_records
 from framework.runtime.rng import Generators, global_state, set_global_state
 from framework.tasks.interface import Context, Task
 
 
 class Outcome(NamedTuple):
-    """How ``fit`` ended: at the last step, or earlier because a signal asked for it; and the steps taken so far."""
+    """How ``fit`` ended: at the last step, or earlier because a signal asked for it; and the steps taken so far.
 
-    status: Literal["finished", "stopped"]
+    ``preempted`` is stopped by SIGUSR2 on any rank: the run wants to be queued again.
+    """
+
+    status: Literal["finished", "stopped", "preempted"]
     step: int
 
 
@@ -54,11 +58,13 @@ class Trainer:
         num_workers: processes that prepare images; 0 prepares them in this one.
         device: where the models are.
         records: where numbers and messages go; the run directory's files and the terminal unless given.
+        ranks: the processes that train together; each takes its share of every batch, and the main one writes files.
         phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``optimizer``, ``average``.
 
     Raises:
         ValueError: if the turns do not share out the trainable parameters, an optimizer's turn does not exist,
-            ``train.freeze`` matches nothing, or validations do not give the metric of ``train.best``.
+            ``train.freeze`` matches nothing, a batch cannot be shared out, or validations do not give the metric of
+            ``train.best``.
     """
 
     def __init__(
@@ -73,25 +79,37 @@ class Trainer:
         num_workers: int = 0,
         device: torch.device | None = None,
         records: Destination | None = None,
+        ranks: Ranks | None = None,
         phase: Phase = record_function,
     ) -> None:
         self.options = options
+        self.ranks = ranks or Ranks()
+        share, rest = divmod(options.batch_size, self.ranks.size * options.accumulate)
+        if rest:
+            parts = f"{self.ranks.size} processes with train.accumulate={options.accumulate}"
+            raise ValueError(
+                f"train.batch_size {options.batch_size} cannot be shared out among {parts}: the nearest are "
+                f"{(share or 1) * self.ranks.size * options.accumulate} images"
+            )
         self.device = device or torch.device("cpu")
         self.task = task.to(self.device)
         self.validation_data = validation_data
-        self.stream = Stream(train_data, options.batch_size, seed, num_workers=num_workers)
-        self.generators = Generators(seed)
-        self.turns = make_turns(task, options)
+        self.stream = Stream(
+            train_data, share * options.accumulate, seed, self.ranks.rank, self.ranks.size, num_workers
+        )
+        self.generators = Generators(seed, self.ranks.rank)
+        self.turns = make_turns(task, options, self.ranks)
         decay = options.ema_decay
         self.average = None if decay is None else ExponentialMovingAverage(task.model, decay)
         self.frozen = frozen_digests(task)
-        self.records = records or run_records(folder)
+        self.records = records or (run_records(folder) if self.ranks.is_main else Records([]))
         self.store = CheckpointStore(folder / "checkpoints", options.keep_last, options.best, self.records.say)
         self.phase = phase
         self.means = Means()
         self.stopwatch = Stopwatch()
         self.measured: dict[str, float] = {}  # by a validation at the end of this step
         self._saved: int | None = None
+        self._buffers = {name for name, _ in task.named_buffers()}
         self._inheritance: Inheritance | None = None
         self._broken_told: set[str] = set()
         if options.recompute:
@@ -124,9 +142,9 @@ class Trainer:
                     for period, work in self.periodic:
                         if is_last or step % period == 0:
                             work(step)
-                    if stop.is_set and not is_last:
+                    if self.ranks.any(stop.is_set) and not is_last:
                         self._save(step)
-                        return Outcome("stopped", step)
+                        return Outcome("preempted" if self.ranks.any(stop.is_preempted) else "stopped", step)
         finally:
             self.records.close()
         return Outcome("finished", step)
@@ -155,6 +173,8 @@ class Trainer:
                 for update in range(training.turn.updates if training.turn.is_due(step) else 0):
                     numbers = training.take(self.task, batches, replace(context, update=update), self.phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
+            if self.ranks.size > 1:  # what layers have learned of their own rank's images
+                self.ranks.spread([value for name, value in live_state(self.task).items() if name in self._buffers])
             if self.average is not None:
                 with self.phase("average"):
                     self.average.update(self.task.model, step)
@@ -172,7 +192,9 @@ class Trainer:
     def _validate(self, step: int) -> None:
         self.measured = self._measure(self.options.validate_images)
         self.records.write(Record(step, self.options.max_steps, self.measured))
-        if self.options.best is not None and self.store.is_better(self.measured[self.options.best.metric]):
+        best = self.options.best
+        better = best is not None and self.ranks.is_main and self.store.is_better(self.measured[best.metric])
+        if self.ranks.any(better):
             self._save(step)
 
     def _measure(self, num_images: int) -> dict[str, float]:
@@ -206,23 +228,37 @@ class Trainer:
         """Save once a step, whoever asks for it."""
         if self._saved == step:
             return
+        self._saved = step
+        own = {
+            "generators": self.generators.state_dict(),
+            "global_generators": global_state(),
+            "broken": self.stream.broken,
+        }
+        every = self.ranks.gather(own)
+        self._tell_broken({key: reason for state in every for key, reason in state["broken"].items()})
+        if self.ranks.is_main:
+            self._write(step, every)
+        self.ranks.wait()
+
+    def _write(self, step: int, every: Sequence[Mapping[str, Any]]) -> None:
+        """The checkpoint, with what is each rank's own."""
         self.records.sync()
         weights = {"model": live_state(self.task)}
         if self.average is not None:
             weights["ema"] = self.average.state_dict()
         state = {
             "optimizers": {training.turn.name: training.optimizer.state_dict() for training in self.turns},
-            "generators": self.generators.state_dict(),
-            "global_generators": global_state(),
+            "ranks": list(every),
             "stream": self.stream.state_dict(),
             "means": self.means.state_dict(),
         }
         self.store.save(step, weights, state, self.frozen, self.measured)
-        self._saved = step
 
     def _resume(self) -> int:
         """Go back to the latest checkpoint, in memory and in the records; returns the steps taken so far."""
-        self.store.tidy()
+        if self.ranks.is_main:
+            self.store.tidy()
+        self.ranks.wait()
         checkpoint = latest_checkpoint(self.store.folder, self.records.say)
         if checkpoint is None:
             inheritance = self.take_over()
@@ -248,9 +284,17 @@ class Trainer:
     def _load_state(self, state: Mapping[str, Any]) -> None:
         for training in self.turns:
             training.optimizer.load_state_dict(state["optimizers"][training.turn.name])
-        self.generators.load_state_dict(state["generators"])
-        set_global_state(state["global_generators"])
-        self.stream.load_state_dict(state["stream"])
+        own = dict(enumerate(state["ranks"])).get(self.ranks.rank, {})
+        if len(state["ranks"]) != self.ranks.size:
+            self.records.say(
+                f"saved by {len(state['ranks'])} processes and continued by {self.ranks.size}: each takes another "
+                "share of the batch, so that the result is not bit for bit that of a run without a break"
+            )
+        self.generators.load_state_dict(own.get("generators", {}))
+        self.generators.seed_global()
+        if own:
+            set_global_state(own["global_generators"])
+        self.stream.load_state_dict(state["stream"] | {"broken": own.get("broken", {})})
         self._broken_told |= self.stream.broken.keys()
         self.means.load_state_dict(state["means"])
 
@@ -259,7 +303,7 @@ class Trainer:
         return replace(batch, images=batch.images.to(self.device, non_blocking=True), labels=labels)
 
 
-def make_turns(task: Task, options: Training) -> list[TurnTraining]:
+def make_turns(task: Task, options: Training, ranks: Ranks | None = None) -> list[TurnTraining]:
     """The task's turns, each with its parameters, optimizer and schedule.
 
     Raises:
@@ -284,6 +328,7 @@ def make_turns(task: Task, options: Training) -> list[TurnTraining]:
             options.schedule(max_steps=options.max_steps),
             options.clip_norm,
             autocast=options.precision == "bfloat16",
+            ranks=ranks or Ranks(),
         )
         for turn in task.turns
     ]

@@ -16,6 +16,7 @@ from framework.engine.globs import matches, unmatched
 from framework.engine.meters import Means, Phase
 from framework.engine.optimizers import Optimizer
 from framework.engine.schedules import Schedule
+from framework.runtime.ranks import Ranks
 from framework.tasks.interface import Context, Task, Turn
 
 NamedParameters = list[tuple[str, Parameter]]
@@ -90,6 +91,7 @@ class TurnTraining:
         schedule: factor on the learning rates.
         clip_norm: largest norm of all gradients together; ``None`` for no limit.
         autocast: compute in bfloat16 what bears it.
+        ranks: who else takes the turn on other images; gradients are means over all of them.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class TurnTraining:
         schedule: Schedule,
         clip_norm: float | None,
         autocast: bool,
+        ranks: Ranks,
     ) -> None:
         self.turn = turn
         self.parameters = parameters
@@ -109,24 +112,27 @@ class TurnTraining:
         self.schedule = schedule
         self.clip_norm = clip_norm
         self.autocast = autocast
+        self.ranks = ranks
 
     def take(
         self, task: Task, batches: Sequence[Batch], context: Context, phase: Phase = record_function
     ) -> dict[str, float]:
-        """Move the turn's weights once, by the mean gradient of equal micro-batches; returns their mean numbers.
+        """Move the turn's weights once, by the mean gradient of equal micro-batches on all ranks; returns mean numbers.
 
         Args:
             task: whose turn it is.
             batches: one after the other, as much as memory holds.
             context: of the step.
-            phase: entered around ``forward``, ``backward`` and ``optimizer``.
+            phase: entered around ``forward``, ``backward``, ``communication`` and ``optimizer``.
 
         Raises:
-            NonFiniteError: if a loss or the gradients' norm is not finite, before anything but buffers has changed.
+            NonFiniteError: on every rank, if a loss or the gradients' norm is not finite on any, before anything but
+                buffers has changed.
         """
         self.optimizer.zero_grad()
         self._let_others_learn(False)
-        outputs: list[tuple[list[str], Tensor, Mapping[str, Tensor]]] = []
+        names: list[tuple[list[str], list[str]]] = []  # of losses and of metrics, by micro-batch
+        numbers: list[Tensor] = []
         try:
             for batch in batches:
                 with phase("forward"):
@@ -135,41 +141,67 @@ class TurnTraining:
                     losses = torch.stack([loss.float() for loss in output.losses.values()])
                 with phase("backward"):
                     (losses.sum() / len(batches)).backward()
-                outputs.append((list(output.losses), losses.detach(), output.metrics))
+                names.append((list(output.losses), list(output.metrics)))
+                numbers.append(losses.detach().double())
+                numbers += [metric.detach().reshape(1).to(losses.device).double() for metric in output.metrics.values()]
         finally:
             self._let_others_learn(True)
+        own = torch.cat(numbers)
+        shared = own.clone()
+        if self.ranks.size > 1:
+            with phase("communication"):
+                self.ranks.average([*self._shared_gradients(), shared])
         with phase("optimizer"):
             gradients = [p.grad for _, p in self.parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             # The step's one wait for the device.
-            *values, norm_value = torch.cat([*(losses for _, losses, _ in outputs), norm[None]]).tolist()
-            left = iter(values)
-            rows = [dict(zip(names, left)) for names, _, _ in outputs]  # noqa: B905 - each takes what is its own
-            if not all(map(math.isfinite, (*values, norm_value))):
-                raise self._error(rows, batches, context.step)
+            *values, norm_value = torch.cat([own, shared, norm[None].double()]).tolist()
+            rows = _rows(values[len(own) :], names)
+            if not all(map(math.isfinite, [norm_value, *(loss for losses, _ in rows for loss in losses.values())])):
+                raise self._error([losses for losses, _ in _rows(values, names)], batches, context.step)
             if self.clip_norm is not None and norm_value > self.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.clip_norm, norm)
             self.optimizer.scale_lr(self.schedule(context.step))
             self.optimizer.step()
         means = Means()
-        for row, (_, _, metrics) in zip(rows, outputs, strict=True):
-            means.add({"loss": math.fsum(row.values()), **row, **{name: float(m) for name, m in metrics.items()}})
+        for row, metrics in rows:
+            means.add({"loss": math.fsum(row.values()), **row, **metrics})
         return means.take() | {"gradient_norm": norm_value}
+
+    def _shared_gradients(self) -> list[Tensor]:
+        """Gradients of the parameters that have one on any rank, zeros where it is not this one."""
+        present = torch.tensor([p.grad is not None for _, p in self.parameters], dtype=torch.float32)
+        self.ranks.average([present])
+        for (_, parameter), share in zip(self.parameters, present.tolist(), strict=True):
+            if share and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for _, p in self.parameters if p.grad is not None]
 
     def _let_others_learn(self, allowed: bool) -> None:
         for parameter in self.others:
             parameter.requires_grad_(allowed)
 
-    def _error(self, rows: Sequence[dict[str, float]], batches: Sequence[Batch], step: int) -> NonFiniteError:
-        """What is not finite, and the keys of the micro-batches that brought it."""
+    def _error(self, rows: Sequence[Mapping[str, float]], batches: Sequence[Batch], step: int) -> NonFiniteError:
+        """What is not finite, on the first rank that knows, and the keys of the micro-batches that brought it."""
         bad = [{name: value for name, value in row.items() if not math.isfinite(value)} for row in rows]
         told = [f"{name} is {value}" for row in bad for name, value in row.items()]
         keys = [key for batch, row in zip(batches, bad, strict=True) if row or not told for key in batch.keys]
-        problem = "of the losses, " + ", ".join(dict.fromkeys(told))
-        if not told:
-            names = [name for name, p in self.parameters if p.grad is not None and not _is_finite(p.grad)]
-            problem = f"the losses are finite, and the gradients of {len(names)} parameters are not, first {names[:3]}"
-        return NonFiniteError(step, self.turn.name, problem, keys)
+        every = self.ranks.gather(("of the losses, " + ", ".join(dict.fromkeys(told)) if told else "", keys))
+        for rank, (problem, its_keys) in enumerate(every):
+            if problem:
+                where = f"on rank {rank}, " if self.ranks.size > 1 else ""
+                return NonFiniteError(step, self.turn.name, where + problem, its_keys)
+        names = [name for name, p in self.parameters if p.grad is not None and not _is_finite(p.grad)]
+        problem = f"the losses are finite, and the gradients of {len(names)} parameters are not, first {names[:3]}"
+        return NonFiniteError(step, self.turn.name, problem, [key for _, its_keys in every for key in its_keys])
+
+
+def _rows(
+    values: Sequence[float], names: Sequence[tuple[list[str], list[str]]]
+) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Numbers in a row, as losses and metrics by name for each micro-batch."""
+    left = iter(values)  # each name takes one number, and what is left goes to the next
+    return [({name: next(left) for name in losses}, {name: next(left) for name in others}) for losses, others in names]
 
 
 def _is_finite(value: Tensor) -> bool:

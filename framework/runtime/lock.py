@@ -12,6 +12,7 @@ import fcntl
 import os
 import platform
 import shlex
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,20 @@ from pathlib import Path
 from typing import ClassVar
 
 NAME = "run.lock"
+_FLOCK, _TYPE = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi", 0)
+"""The system's ``struct flock``, and which of its members is the lock's type."""
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process holds the directory's lock; the kernel is asked, and nothing is locked meanwhile."""
+    question = [0] * 5
+    question[_TYPE] = fcntl.F_RDLCK
+    try:
+        with open(folder / NAME, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(_FLOCK, *question))
+    except OSError:
+        return False
+    return bool(struct.unpack(_FLOCK, answer)[_TYPE] != fcntl.F_UNLCK)
 
 
 class RunLock:

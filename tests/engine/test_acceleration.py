@@ -69,7 +69,7 @@ def test_recomputing_keeps_less_for_the_backward_pass() -> None:
 
 
 def fit(folder: Path, *overrides: str) -> tuple[Outcome, dict[str, Tensor]]:
-    run = runs.experiment_from(tiny_config(folder, "train.precision=float32", *overrides)).trainer
+    run = runs.experiment_from(tiny_config(folder, "train.precision=float32", *overrides)).trainer()
     return run.fit(), tensors(run)
 
 
@@ -92,7 +92,7 @@ def test_a_compiled_run_loads_in_one_that_is_not_and_back(tmp_path: Path, monkey
     for compiled, steps in (("true", 4), ("false", 6), ("true", 12)):
         # The command would refuse to continue with another configuration.
         options = [f"train.compile={compiled}", f"train.max_steps={steps}", "train.schedule.name=Constant"]
-        run = runs.experiment_from(tiny_config(tmp_path / "mixed", "train.precision=float32", *options)).trainer
+        run = runs.experiment_from(tiny_config(tmp_path / "mixed", "train.precision=float32", *options)).trainer()
         assert run.fit() == ("finished", steps)
         # With and without padded keys, whatever the lengths.
         assert len(graphs) == 2

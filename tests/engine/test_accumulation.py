@@ -23,7 +23,7 @@ def trained(folder: Path, *overrides: str) -> Trainer:
     # A large eps keeps Adam from blowing the rounding of tiny gradients up to whole steps.
     optimizer = ["train.optimizer={name: AdamW, lr: 0.01, eps: 0.001}", "train.schedule={name: Constant}"]
     options = ["train.precision=float32", "train.log_every=1", *optimizer]
-    run = runs.experiment_from(tiny_config(folder, *options, *overrides)).trainer
+    run = runs.experiment_from(tiny_config(folder, *options, *overrides)).trainer()
     run.fit()
     return run
 

@@ -152,7 +152,7 @@ def test_a_metric_that_does_not_exist_is_refused_before_training(tmp_path: Path)
 
 def test_best_is_written_in_yaml(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", "train.best={metric: validation/mse@16}", "train.max_steps=8")
-    assert runs.experiment_from(config).trainer.fit() == ("finished", 8)
+    assert runs.experiment_from(config).trainer().fit() == ("finished", 8)
     assert steps(tmp_path / "run") == [4, 8]
     with pytest.raises(runs.RunError, match="no 'validation/mse@3': .* It gives validation/mse@1, validation/mse@4, "):
         runs.train(tiny_config(tmp_path / "other", "train.best={metric: validation/mse@3}"), print)

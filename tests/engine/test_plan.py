@@ -76,6 +76,11 @@ def test_a_dry_run_tells_what_would_run(tmp_path: Path, frozen: bool) -> None:
     assert "32x32 at 16 tokens" in plan
     assert "6 steps of 4 images = 24 images = 0.12 epochs of 200" in plan
     assert f"run directory: {tmp_path / 'run'}, seed 0" in plan
+    operations = 6 * count_operations(model)["total"] * 24
+    assert f"training takes {operations:.2g} operations at full length" in plan
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"memory before activations {4 * (whole + 4 * trainable) / 2**30:.2g} GiB" in plan
+    assert f"a checkpoint {16 * trainable / 2**30:.2g} GiB, of which 2 are kept" in plan
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,1 @@
+"""Starting runs: on this machine, in several processes, on a SLURM cluster."""
