@@ -44,9 +44,11 @@ class LearnedPolicy(AllocationPolicy):
     ) -> None:
         super().__init__()
         self.budgets = candidate_budgets(budgets, num_tokens)
-        # In use, the means over all of training: the features of a frozen tokenizer do not drift.
+        # Neither step has weights to learn: the second undoes those of the first in training, where they would drift,
+        # and in use it has the means over all of training, which would not know of the drift.
+        normalise = nn.LayerNorm(feature_dim, elementwise_affine=False)
         standardise = nn.BatchNorm1d(feature_dim, momentum=None, affine=False)
-        layers: list[nn.Module] = [nn.LayerNorm(feature_dim), standardise]
+        layers: list[nn.Module] = [normalise, standardise]
         for in_dim in [feature_dim, *[width] * depth][:depth]:
             layers += [nn.Linear(in_dim, width), nn.GELU()]
         last = nn.Linear(width if depth else feature_dim, len(self.budgets))
