@@ -284,17 +284,19 @@ class Trainer:
     def _load_state(self, state: Mapping[str, Any]) -> None:
         for training in self.turns:
             training.optimizer.load_state_dict(state["optimizers"][training.turn.name])
-        own = dict(enumerate(state["ranks"])).get(self.ranks.rank, {})
         if len(state["ranks"]) != self.ranks.size:
             self.records.say(
                 f"saved by {len(state['ranks'])} processes and continued by {self.ranks.size}: each takes another "
                 "share of the batch, so that the result is not bit for bit that of a run without a break"
             )
-        self.generators.load_state_dict(own.get("generators", {}))
+        broken: Mapping[str, str] = {}
         self.generators.seed_global()
-        if own:
+        if self.ranks.rank < len(state["ranks"]):
+            own = state["ranks"][self.ranks.rank]
+            self.generators.load_state_dict(own["generators"])
             set_global_state(own["global_generators"])
-        self.stream.load_state_dict(state["stream"] | {"broken": own.get("broken", {})})
+            broken = own["broken"]
+        self.stream.load_state_dict(state["stream"] | {"broken": broken})
         self._broken_told |= self.stream.broken.keys()
         self.means.load_state_dict(state["means"])
 

@@ -235,11 +235,12 @@ def test_a_state_of_no_sense_is_refused(run: Path, content: bytes) -> None:
 
 STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "of another optimizer": (lambda state: state["optimizers"]["tokenizer"].clear(), "it lacks"),
-    "without generators": (lambda state: state.pop("generators"), "it lacks 'generators'"),
+    "without generators": (lambda state: state["ranks"][0].pop("generators"), "it lacks 'generators'"),
     "of another turn": (lambda state: state["optimizers"].update(tokenizer=None), "cannot be continued: "),
     "of fewer images": (lambda state: state["stream"].update(num_images=6), "saved with 6 images, but the data set"),
     "of a short generator": (
-        lambda state: state["generators"].update(noise=torch.zeros(3, dtype=torch.uint8)), "cannot be continued: ",
+        lambda state: state["ranks"][0]["generators"].update(noise=torch.zeros(3, dtype=torch.uint8)),
+        "cannot be continued: ",
     ),
 }  # fmt: skip
 
