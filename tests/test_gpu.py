@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import framework
+from framework import runs
+from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.data.interface import Batch
 from framework.engine.checkpoint import latest_checkpoint
 from framework.tasks.interface import Context, StepOutput
 from framework.tasks.train_tokenizer import TrainTokenizer
 from framework.tokenizers.tokenizer import Tokenizer
-from tests.tiny_run import train_tiny
+from tests.tiny_run import tiny_policy_config, train_tiny
 
 DEVICE = "cuda"
 pytestmark = [
@@ -72,3 +74,16 @@ def test_compiled_steps_run(tmp_path: Path, quick_report: None) -> None:
     assert train_tiny(tmp_path / "run", *options)[0] == ("finished", 6)
     losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(line["tokenizer/loss"] > 0 for line in losses if "tokenizer/loss" in line)
+
+
+@pytest.mark.parametrize("distortions", ["table", "online"])
+@pytest.mark.parametrize("config", ["ata", "ata_grpo"])
+def test_a_policy_trains(config: str, distortions: str, tiny_run: Path, tmp_path: Path) -> None:
+    changes = [f"run.device={DEVICE}", f"task.distortions={distortions}", "train.precision=bfloat16"]
+    runs.train(tiny_policy_config(tmp_path / "policy", tiny_run, *changes, config=config), print)
+    adaptive = framework.load(tmp_path / "policy").to(DEVICE)
+    assert isinstance(adaptive, AdaptiveTokenizer)
+    tokens = adaptive.encode(torch.rand(3, 3, 16, 16, device=DEVICE))
+    assert tokens.lengths.device.type == DEVICE and adaptive.decode(tokens).shape == (3, 3, 16, 16)
+    study = json.loads((tmp_path / "policy/evaluation/metrics.json").read_text())["allocation"]
+    assert study["policies"]["oracle"]["reward"] >= study["policies"]["policy"]["reward"]
