@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,9 @@ def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+    """On every interface, and below the ports that the system gives to whoever asks for any, so that it stays free."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as listening, suppress(OSError):
+            listening.bind(("", port))
+            return port
