@@ -6,7 +6,6 @@ A run directory holds ``config.yaml`` (every default written), ``run.json`` (com
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -37,6 +36,7 @@ from framework.engine.run_directory import RunError as RunError
 from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome
 from framework.runtime.files import write_text
+from framework.runtime.json_lines import read_lines
 from framework.runtime.progress import Stages
 from framework.runtime.ranks import Ranks
 from framework.tasks.interface import Report
@@ -44,6 +44,7 @@ from framework.tasks.interface import Report
 Weights = Literal["ema", "model"]
 Which = Literal["latest", "best"]
 Split = Literal["train", "validation", "test"]
+METRICS = "metrics.jsonl"
 
 
 def experiment_from(config: Config, device: str = "cpu") -> Experiment:
@@ -236,7 +237,7 @@ def compare(
         experiment.task.to(experiment.run.torch_device()).eval()
     _use_threads(first)
     tasks = {str(folder): experiment.task for folder, experiment in experiments.items()}
-    histories = {str(folder): _history(folder) for folder in folders}
+    histories = {str(folder): read_lines(folder / METRICS, "step") for folder in folders}
     with torch.no_grad(), Stages() as progress:
         wanted = Report(getattr(first.data, split), first.data.train, out, {}, lengths, limit, progress, histories)
         type(first.task).compare(tasks, wanted)
@@ -365,14 +366,9 @@ def _evaluate(
     data = experiment.data
     task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
-        histories = {str(folder): _history(folder)}
+        histories = {str(folder): read_lines(folder / METRICS, "step")}
         task.report(Report(getattr(data, split), data.train, out, record, lengths, limit, progress, histories))
     _say_results(out, say)
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _say_results(folder: Path, say: Callable[[str], None]) -> None:

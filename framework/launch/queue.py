@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from framework.runtime.files import append_text
+from framework.runtime.json_lines import read_lines
 
 FOLDER = "slurm"
 JOBS = f"{FOLDER}/jobs.jsonl"
@@ -33,16 +32,3 @@ def queued() -> dict[str, str]:
         rows = [line.split("|", 2) for line in found.stdout.splitlines()]
         return {job: f"{state.lower()}{'' if why == 'None' else f' ({why})'}" for job, state, why in rows}
     return {}
-
-
-def read_lines(file: Path, key: str) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects that have a key; none of a file that cannot be read."""
-    lines, content = [], b""
-    with suppress(OSError):
-        content = file.read_bytes()
-    for text in content.splitlines():
-        with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, Mapping) and key in line:
-                lines.append(dict(line))
-    return lines

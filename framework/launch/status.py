@@ -14,7 +14,8 @@ from typing import Any
 from framework.config.errors import ConfigError, shorten
 from framework.config.load import load_config
 from framework.launch.job import FAILED
-from framework.launch.queue import FOLDER, JOBS, last_job, queued, read_lines
+from framework.launch.queue import FOLDER, JOBS, last_job, queued
+from framework.runtime.json_lines import read_lines
 from framework.runtime.lock import is_held
 
 HEADER = ["run", "state", "step", "left", "last line", "loss", "validation", "starts", "alarms"]

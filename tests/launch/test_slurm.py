@@ -12,8 +12,9 @@ from submitit.core.utils import DelayedSubmission
 
 from framework.config import load_config
 from framework.launch.job import TrainingJob
-from framework.launch.queue import last_job, queued, read_lines
+from framework.launch.queue import last_job, queued
 from framework.launch.slurm import launch_options
+from framework.runtime.json_lines import read_lines
 from tests.launch.conftest import FakeSlurm
 from tests.test_ablation import finish, write_grid
 from tests.tiny_run import ROOT, TINY, run_tool

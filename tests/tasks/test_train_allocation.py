@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,14 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_run: Path, tmp_path: Path
     assert weights[0].keys() == weights[1].keys() and "reward.weighting.gains" in weights[0]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert weights[0]["reward.weighting.batches"] == 12  # 6 steps of 2 micro-batches, however many updates
+
+
+def test_a_line_that_a_kill_has_torn_does_not_stop_the_evaluation(tiny_policy: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_policy, tmp_path / "policy")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "policy/ent')
+    out = runs.evaluate(run, lambda text: None, limit=8)
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_missing_tokenizer_says_what_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
