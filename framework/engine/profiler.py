@@ -55,7 +55,7 @@ def profile_training(experiment: Experiment) -> Path:
         steps = schedule(wait=WARM_UP - 1, warmup=1, active=STEPS, repeat=1)
         with profile(activities=activities, schedule=steps, profile_memory=True) as profiler:
             trainer.periodic = [(1, lambda step: profiler.step())]
-            if trainer.fit().status == "stopped":
+            if trainer.fit().status != "finished":
                 raise KeyboardInterrupt
         trace = Path(name) / "trace.json"
         profiler.export_chrome_trace(str(trace))

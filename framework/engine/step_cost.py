@@ -32,11 +32,12 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        began = self._now()
+        began = self.now()
         yield
-        self.seconds[name] += self._now() - began
+        self.seconds[name] += self.now() - began
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return perf_counter()
@@ -48,9 +49,9 @@ def peak_operations(device: torch.device, dtype: torch.dtype) -> float:
     clock = PhaseClock(device)
     times = []
     for _ in range(ROUNDS + 1):
-        began = clock._now()
+        began = clock.now()
         torch.mm(left, right)
-        times.append(clock._now() - began)
+        times.append(clock.now() - began)
     return 2 * SIDE**3 / min(times[1:])
 
 
@@ -67,7 +68,7 @@ def step_cost_lines(experiment: Experiment, steps: int, ranks: Ranks) -> Iterato
 
     def restart(step: int) -> None:
         """The first half warms up."""
-        spans.append(clock._now())
+        spans.append(clock.now())
         if step == steps:
             clock.seconds.clear()
 
@@ -78,7 +79,8 @@ def step_cost_lines(experiment: Experiment, steps: int, ranks: Ranks) -> Iterato
             num_workers=experiment.data.num_workers, device=device, records=Records([]), ranks=ranks, phase=clock,
         )  # fmt: skip
         trainer.periodic = [(steps, restart)]
-        trainer.fit()
+        if trainer.fit().status != "finished":
+            raise KeyboardInterrupt
     seconds = spans[1] - spans[0]
     images = steps * options.batch_size / seconds
     phases = clock.seconds | {"the rest": seconds - sum(clock.seconds.values())}

@@ -13,6 +13,7 @@ from framework.engine.plan import count_operations
 from framework.engine.step_cost import PhaseClock, peak_operations, step_cost_lines
 from framework.runtime.ranks import Ranks
 from framework.tokenizers.tokenizer import Tokenizer
+from tests.test_runs import stop_at
 from tests.tiny_run import tiny_config
 
 
@@ -40,6 +41,12 @@ def test_a_step_is_measured_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     operations = 6 * count_operations(experiment.task.model)["total"] * images
     assert float(used.split()[0]) == pytest.approx(operations, rel=0.01)
     assert f"{operations / 1e12:.1%} of the 1e+12" in used or f"{1.005 * operations / 1e12:.1%}" in used
+
+
+def test_a_stop_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        list(step_cost_lines(runs.experiment_from(tiny_config(tmp_path / "run")), 2, Ranks()))
 
 
 def test_the_peak_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
