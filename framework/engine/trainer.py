@@ -59,7 +59,8 @@ class Trainer:
         device: where the models are.
         records: where numbers and messages go; the run directory's files and the terminal unless given.
         ranks: the processes that train together; each takes its share of every batch, and the main one writes files.
-        phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``optimizer``, ``average``.
+        phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``communication`` where there
+            are several ranks, ``optimizer``, ``average``.
 
     Raises:
         ValueError: if the turns do not share out the trainable parameters, an optimizer's turn does not exist,
@@ -91,6 +92,7 @@ class Trainer:
                 f"train.batch_size {options.batch_size} cannot be shared out among {parts}: the nearest are "
                 f"{(share or 1) * self.ranks.size * options.accumulate} images"
             )
+        self.images_at_once = share  # that this process computes on, in training and in validation
         self.device = device or torch.device("cpu")
         self.task = task.to(self.device)
         self.validation_data = validation_data
@@ -199,7 +201,7 @@ class Trainer:
 
     def _measure(self, num_images: int) -> dict[str, float]:
         """A validation's numbers, with averaged weights where there are some, and never compiled."""
-        batches = Sequential(self.validation_data, self.options.batch_size // self.options.accumulate, num_images)
+        batches = Sequential(self.validation_data, self.images_at_once, num_images)
         averaged = nullcontext() if self.average is None else self.average.swapped(self.task.model)
         eager = torch.compiler.set_stance("force_eager") if self.options.compile else nullcontext()
         self.task.eval()
@@ -211,7 +213,7 @@ class Trainer:
 
     def _check_best(self, best: Best) -> None:
         """Measure a few images, so that a metric that does not exist is found now and not at the first validation."""
-        given = self._measure(self.options.batch_size // self.options.accumulate)
+        given = self._measure(self.images_at_once)
         if best.metric not in given:
             raise ValueError(
                 f"train.best.metric: a validation gives no '{best.metric}'{did_you_mean(best.metric, given) or '.'} "

@@ -18,7 +18,7 @@ from framework.engine.trainer import Trainer
 from framework.engine.turns import NonFiniteError
 from framework.launch.environment import joined
 from framework.runtime.ranks import Ranks
-from framework.runtime.records import JsonLines, Records
+from framework.runtime.records import JsonLines, LogFile, Records
 from framework.tasks.interface import Context, Report, StepOutput, Task, Turn
 from tests.engine.fakes import FakeData, training
 
@@ -53,7 +53,9 @@ class PlainTask(Task):
         return StepOutput({"pixel": loss}, {"largest": flat.amax(1).mean()})
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        return {"mse": float(torch.cat([(self.net(b.images.flatten(1))).mean(1) for b in batches]).mean())}
+        errors = [self.net(batch.images.flatten(1)).mean(1) for batch in batches]
+        self.validated_at_once = len(errors[0])
+        return {"mse": float(torch.cat(errors).mean())}
 
     def report(self, wanted: Report) -> None:
         raise NotImplementedError
@@ -63,7 +65,8 @@ def train(folder: Path, ranks: Ranks, steps: int, task: PlainTask | None = None,
     """Steps on batches of six of twelve images, the same on one rank as on two."""
     task = task or PlainTask()
     options = training(max_steps=8, batch_size=6, optimizer=partial(AdamW, lr=1e-2), checkpoint_every=2, **changes)
-    records = Records([JsonLines(folder / "metrics.jsonl", "values")] if ranks.is_main else [])
+    files = [JsonLines(folder / "metrics.jsonl", "values"), LogFile(folder / "log.txt")]
+    records = Records(files if ranks.is_main else [])
     trainer = Trainer(task, FakeData(12), FakeData(4), options, 1, folder, records=records, ranks=ranks)
     if steps < options.max_steps:
         trainer.periodic.append((steps, _interrupt))
@@ -88,7 +91,9 @@ def main(folder: Path) -> None:
         ranks.spread(tensors)
         found["spread"] = tensors
         for name, changes in {"plain": {}, "accumulated": {"accumulate": 3}}.items():
-            found[name] = train(folder / name, ranks, 8, **changes).state_dict()
+            task = train(folder / name, ranks, 8, **changes)
+            found[name] = task.state_dict()
+            found[f"{name} validated at once"] = task.validated_at_once
         train(folder / "stopped", ranks, 3)
         found["resumed"] = train(folder / "stopped", ranks, 8).state_dict()
         try:

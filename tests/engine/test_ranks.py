@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from framework.engine.stop import StopFlag
 from framework.launch.environment import joined
 from framework.launch.local import run_processes
 from framework.runtime.ranks import Ranks
-from tests.engine.fakes import trainer
 from tests.engine.ranks_script import train
 from tests.tiny_run import ROOT
 
@@ -72,15 +73,16 @@ def test_what_is_not_finite_on_one_rank_is_told_by_all(together: Path) -> None:
 
 
 def test_a_run_of_two_ranks_is_continued_by_one(together: Path, tmp_path: Path) -> None:
-    train(tmp_path, Ranks(), 3)
-    said: list[str] = []
-    alone = trainer(tmp_path / "other", max_steps=4)
-    alone.fit()
-    longer = trainer(tmp_path / "other", max_steps=8)
-    longer.ranks = type("Two", (Ranks,), {"size": 2})()
-    longer.records.say = said.append  # type: ignore[method-assign]
-    longer._resume()
-    assert any("saved by 1 processes and continued by 2" in text for text in said)
+    run = shutil.copytree(together / "plain", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step_00000008")
+    alone = train(run, Ranks(), 8).state_dict()
+    assert "saved by 2 processes and continued by 1" in (run / "log.txt").read_text()
+    torch.testing.assert_close(alone["net.weight"], seen(together)[0]["plain"]["net.weight"], atol=1e-6, rtol=1e-5)
+
+
+def test_validation_takes_as_many_images_at_once_as_training(together: Path) -> None:
+    for found in seen(together):
+        assert found["plain validated at once"] == 3 and found["accumulated validated at once"] == 1
 
 
 def test_batches_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
@@ -100,8 +102,6 @@ def test_alone_without_variables_and_missing_ones_are_named(monkeypatch: pytest.
 
 
 def test_preemption_is_told_from_a_stop() -> None:
-    import signal
-
     with StopFlag() as stop:
         signal.raise_signal(signal.SIGUSR2)
         assert stop.is_set and stop.is_preempted
