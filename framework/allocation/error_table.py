@@ -45,7 +45,6 @@ class ErrorTable:
         keys: one name per image, each different.
         digest: of the tokenizer's weights.
         protocol: what else decides the numbers, as plain JSON: the data's protocol and the fidelity's settings.
-
     """
 
     features: Tensor

@@ -16,7 +16,7 @@ class Training:
 
     Args:
         max_steps: optimizer steps of the whole run.
-        batch_size: images a step.
+        batch_size: images a step, of all processes that train together.
         optimizer: of every turn that has none of its own.
         schedule: factor on the learning rates, step by step.
         turn_optimizers: optimizers by turn name, such as ``{discriminator: {name: AdamW, lr: 1e-4}}``.
@@ -30,7 +30,7 @@ class Training:
         keep_last: how many verified checkpoints stay on disk.
         best: also keep the best checkpoint by a metric of validations, such as ``{metric: validation/mse@16}``; one is
             saved whenever a validation improves on it.
-        accumulate: equal micro-batches that a step's images are split into, to fit memory. The step is that of the
+        accumulate: equal micro-batches that a process's images are split into, to fit memory. The step is that of the
             whole batch, to the rounding of floats, where losses are means over images and random numbers are drawn
             for each image.
         recompute: activation checkpointing: keep the transformer blocks' inputs only, and compute what lies between

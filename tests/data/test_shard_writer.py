@@ -223,7 +223,7 @@ def test_another_set_is_not_overwritten(images: Path, tmp_path: Path) -> None:
             written(images, out, **given)
     assert contents(out) == before
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/todo.txt").touch()
+    (tmp_path / "notes/list.txt").touch()
     with pytest.raises(FileExistsError, match="Choose another OUT"):
         written(images, tmp_path / "notes")
     with pytest.raises(FileExistsError, match=f"{out}/index.json exists; remove it to make it anew"):
