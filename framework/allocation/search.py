@@ -25,7 +25,8 @@ def candidate_budgets(budgets: Sequence[int] | int | None, num_tokens: int) -> t
         ValueError: if they do not increase from at least 1 to at most ``num_tokens``.
     """
     if budgets is None or isinstance(budgets, int):
-        budgets = range(budgets or 1, max(num_tokens, budgets or 1) + 1)
+        first = 1 if budgets is None else budgets
+        budgets = range(first, max(num_tokens, first) + 1)
     chosen = tuple(budgets)
     fitting = tuple(sorted({min(max(budget, 1), num_tokens) for budget in chosen}))
     if not chosen or chosen != fitting:

@@ -109,8 +109,9 @@ def test_a_refusal_of_budgets_names_near_ones() -> None:
         candidate_budgets([], 16)
     with pytest.raises(ValueError, match=r"got \[17\]; try \[16\]"):
         candidate_budgets(17, 16)
-    with pytest.raises(ValueError, match=r"budgets must increase, from 1"):
-        candidate_budgets(-1, 16)
+    for nothing in (0, -1):
+        with pytest.raises(ValueError, match=r"budgets must increase, from 1"):
+            candidate_budgets(nothing, 16)
 
 
 def test_a_number_stands_for_every_length_from_it() -> None:
