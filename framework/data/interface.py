@@ -28,7 +28,8 @@ class Batch:
         groups: one name per image of the photograph (or other unit) that it was cut from; intervals
             resample groups first, then images.
         labels: ``(b,)`` int64, or ``None``.
-        broken: images that were asked for and could not be read, with the reason; they are in none of the above.
+        broken: images that were asked for and could not be read, with the reason; they are in none of the others.
+        kinds: what sort of image each one is, where evaluations should tell sorts apart: ``3 digits``.
     """
 
     images: Tensor
@@ -36,6 +37,17 @@ class Batch:
     groups: list[str]
     labels: Tensor | None = None
     broken: Mapping[str, str] = field(default_factory=dict)
+    kinds: list[str] | None = None
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The images at ``rows``, in that order."""
+        return Batch(
+            self.images[torch.as_tensor(rows)],
+            [self.keys[row] for row in rows],
+            [self.groups[row] for row in rows],
+            None if self.labels is None else self.labels[torch.as_tensor(rows)],
+            kinds=None if self.kinds is None else [self.kinds[row] for row in rows],
+        )
 
 
 def in_unit_range(batch: Batch) -> Batch:

@@ -207,7 +207,7 @@ class _Fetcher(Dataset[Batch]):
             if not missing or len(self.broken) > self.data.max_broken * len(self.data):
                 break
         batch = _concatenate(parts)
-        return replace(_reordered(batch, np.argsort(rows).tolist()), broken=broken) if broken else batch
+        return replace(batch.select(np.argsort(rows).tolist()), broken=broken) if broken else batch
 
     def _fetch_unless_known(self, epoch: int, indices: list[int]) -> Batch:
         """Those of the images that are not known to be broken; takes note of the ones that now turn out to be."""
@@ -233,15 +233,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
         [group for part in parts for group in part.groups],
         torch.cat(labels) if labels else None,
         {key: reason for part in parts for key, reason in part.broken.items()},
-    )
-
-
-def _reordered(batch: Batch, order: list[int]) -> Batch:
-    return Batch(
-        batch.images[order],
-        [batch.keys[row] for row in order],
-        [batch.groups[row] for row in order],
-        None if batch.labels is None else batch.labels[order],
+        [kind for part in parts for kind in part.kinds or ()] or None,
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from framework.data.interface import Batch, ImageData
+from framework.engine.between_steps import learn_between_steps
 from framework.engine.experiment import Experiment
 from framework.engine.frozen import train_mode
 from framework.engine.step_cost import step_cost_lines
@@ -178,6 +179,7 @@ class PlainLoop:
             group["lr"] = peak * factor
         for optimizer in self.optimizers:
             optimizer.step()
+        learn_between_steps(self.task, Ranks())
         if options.ema_decay is not None:
             decay = min(options.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():

@@ -21,6 +21,7 @@ from framework.config.errors import did_you_mean
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential, Stream
 from framework.engine.acceleration import compiled_blocks, recompute_blocks
+from framework.engine.between_steps import learn_between_steps
 from framework.engine.checkpoint import Best, CheckpointError, CheckpointStore, latest_checkpoint, load_weights
 from framework.engine.ema import ExponentialMovingAverage
 from framework.engine.frozen import frozen_digests, live_state, train_mode
@@ -114,6 +115,7 @@ class Trainer:
         self._buffers = {name for name, _ in task.named_buffers()}
         self._inheritance: Inheritance | None = None
         self._broken_told: set[str] = set()
+        self._alarms: set[str] = set()
         if options.recompute:
             recompute_blocks(task)
         if options.best is not None:
@@ -175,6 +177,7 @@ class Trainer:
                 for update in range(training.turn.updates if training.turn.is_due(step) else 0):
                     numbers = training.take(self.task, batches, replace(context, update=update), self.phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
+            learn_between_steps(self.task, self.ranks)
             if self.ranks.size > 1:  # what layers have learned of their own rank's images
                 self.ranks.spread([value for name, value in live_state(self.task).items() if name in self._buffers])
             if self.average is not None:
@@ -190,6 +193,10 @@ class Trainer:
         timings = self.stopwatch.take(step, self.options.max_steps)
         timings["memory_mib"] = peak_memory_mib(self.device)
         self.records.write(Record(step, self.options.max_steps, values, timings))
+        alarms = self.task.alarms()
+        for name in alarms.keys() - self._alarms:
+            self.records.say(f"step {step}: {alarms[name]}")
+        self._alarms = set(alarms)
 
     def _validate(self, step: int) -> None:
         self.measured = self._measure(self.options.validate_images)

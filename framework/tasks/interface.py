@@ -123,6 +123,10 @@ class Task(nn.Module, ABC):
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """A few numbers on held-out images while training goes on; the model is in eval mode, without gradients."""
 
+    def alarms(self) -> dict[str, str]:
+        """What is going wrong in training, by a short name; asked at each line of the log and told when it begins."""
+        return {}
+
     @abstractmethod
     def report(self, wanted: Report) -> None:
         """Leave the evaluation of a trained model in ``wanted.folder``: numbers, ``table.md``, plots and pictures."""

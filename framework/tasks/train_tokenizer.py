@@ -50,7 +50,15 @@ class TrainTokenizer(Task):
         losses: dict[str, Tensor] = {name: loss(result.images, batch.images) for name, loss in self.losses.items()}
         losses |= {f"quantizer_{name}": value for name, value in result.quantizer_losses.items()}
         metrics = {f"quantizer_{name}": value for name, value in result.quantizer_metrics.items()}
+        if (usage := self.tokenizer.quantizer.usage) is not None:
+            metrics |= {f"quantizer_{name}": value for name, value in usage.metrics().items()}
         return StepOutput(losses, {"mean_length": lengths.double().mean()} | metrics)
+
+    def alarms(self) -> dict[str, str]:
+        """A codebook that has collapsed."""
+        usage = self.tokenizer.quantizer.usage
+        alarm = None if usage is None else usage.alarm()
+        return {} if alarm is None else {"codebook": alarm}
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean squared error on [0, 1] at the shortest, a middle and the full length."""

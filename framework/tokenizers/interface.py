@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.config.registry import Registry
+from framework.tokenizers.quantizers.usage import CodeUsage
 from framework.tokens import Tokens
 
 Contract = Literal["truncate", "length_conditioned", "growing"]
@@ -111,10 +112,12 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         dim: d, channels of a token.
         vocabulary: number of codes, ``None`` where tokens are continuous.
+        usage: counts codes in training; ``None`` where tokens are continuous.
     """
 
     dim: int
     vocabulary: int | None = None
+    usage: CodeUsage | None = None
 
     @property
     def input_dim(self) -> int:
@@ -129,8 +132,19 @@ class Quantizer(nn.Module, ABC):
         no noise; a quantizer without noise leaves the generator as it is.
         """
 
+    def set_num_tokens(self, num_tokens: int) -> None:  # noqa: B027 - most treat every position alike
+        """Told how many tokens the encoder makes, before any image, for what is kept of each position."""
+
     def codes_to_latents(self, codes: Tensor) -> Tensor:
-        """Codes ``(b, n)`` -> latents ``(b, n, d)``.
+        """Codes ``(b, n)`` int64 -> latents ``(b, n, d)`` float32.
+
+        Raises:
+            TypeError: where tokens are continuous and there are no codes.
+        """
+        raise TypeError(f"{type(self).__name__} has no codes: its tokens are continuous, pass latents instead")
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        """The way back: latents ``(b, n, d)`` that are codes' own, as ``forward`` gives them -> codes ``(b, n)`` int64.
 
         Raises:
             TypeError: where tokens are continuous and there are no codes.

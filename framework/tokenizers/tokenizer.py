@@ -83,6 +83,7 @@ class Tokenizer(nn.Module):
         self.quantizer = quantizer
         self.masking = masking
         masking.check(self.encoder.num_tokens)
+        quantizer.set_num_tokens(self.encoder.num_tokens)
         rows = self.encoder.positions[0]
         patch_size, rest = divmod(_grid_side(self.output_space, image_size), rows)
         if rest:

@@ -23,6 +23,7 @@ from tests.tiny_run import tiny_config
 def quantizer(request: pytest.FixtureRequest) -> Quantizer:
     """Each registered quantizer with its defaults."""
     made: Quantizer = QUANTIZERS.get(request.param)()
+    made.set_num_tokens(6)
     return made
 
 
@@ -71,7 +72,19 @@ def test_codes_and_latents_are_one_to_one(quantizer: Quantizer) -> None:
     else:
         torch.testing.assert_close(quantizer.codes_to_latents(result.codes), result.latents)
         every_code = torch.arange(quantizer.vocabulary)[None]
-        assert torch.equal(quantizer(quantizer.codes_to_latents(every_code)).codes, every_code)
+        assert torch.equal(quantizer.latents_to_codes(quantizer.codes_to_latents(every_code)), every_code)
+
+
+def test_every_code_is_reached(quantizer: Quantizer) -> None:
+    if quantizer.vocabulary is None:
+        return
+    quantizer.eval()
+    own = quantizer.codes_to_latents(torch.arange(quantizer.vocabulary)[None])[0]
+    generator = torch.Generator().manual_seed(0)
+    spread = [size * torch.randn(30_000, quantizer.input_dim, generator=generator) for size in (0.3, 1, 3)]
+    latents = torch.cat([own, *spread])
+    latents = latents[: len(latents) // 6 * 6].unflatten(0, (-1, 6))
+    assert quantizer(latents).codes.unique().tolist() == list(range(quantizer.vocabulary))
 
 
 def test_noise_comes_from_the_generator_alone(quantizer: Quantizer) -> None:
