@@ -9,6 +9,8 @@ import framework.allocation.rewards
 import framework.allocation.rules
 import framework.allocation.search
 import framework.allocation.weighting
+import framework.data.digits
+import framework.data.fashion_mnist
 import framework.data.folder
 import framework.data.photos
 import framework.data.shards
@@ -16,6 +18,7 @@ import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers
 import framework.losses.reconstruction
+import framework.tasks.fine_tune_decoder
 import framework.tasks.train_allocation
 import framework.tasks.train_tokenizer
 import framework.tokenizers.decoders.mask_token_vit
@@ -23,7 +26,10 @@ import framework.tokenizers.encoders.patch_encoder
 import framework.tokenizers.encoders.suffix_token_vit
 import framework.tokenizers.heads
 import framework.tokenizers.masking
+import framework.tokenizers.quantizers.finite_scalar_quantizer
 import framework.tokenizers.quantizers.gaussian_bottleneck
 import framework.tokenizers.quantizers.identity
+import framework.tokenizers.quantizers.lookup_free_quantizer
+import framework.tokenizers.quantizers.vector_quantizer
 import framework.tokenizers.spaces
 import framework.tokenizers.tokenizer  # noqa: F401

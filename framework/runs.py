@@ -231,7 +231,7 @@ def compare(
     first = experiments[folders[0]]
     for folder, experiment in experiments.items():
         _restore(experiment, folder, None)
-        if type(experiment.task) is not type(first.task):
+        if type(experiment.task).compare.__qualname__ != type(first.task).compare.__qualname__:
             kinds = f"{type(first.task).__name__}, and {folder} of {type(experiment.task).__name__}"
             raise RunError(f"only runs of one kind are compared: {folders[0]} is one of {kinds}")
         experiment.task.to(experiment.run.torch_device()).eval()
@@ -285,7 +285,7 @@ def load_part(module: nn.Module, source: str, path: str) -> None:
     donor = experiment_from(_config(Path(source)))
     _restore(donor, Path(source), None)
     try:
-        part = donor.task.get_submodule(path)
+        part = donor.task.get_submodule(path.removeprefix("task."))
     except AttributeError:
         raise RunError(f"{path}: the run {source} has no such part to take weights from") from None
     # All of the donor's part, what is frozen there too; but what is frozen inside this one has its own source.

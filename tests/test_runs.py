@@ -312,8 +312,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny_run: Path) -> 
         model_of(f"tokenizer.encoder.weights={tiny_run}", "tokenizer.encoder.depth=2")
     with pytest.raises(runs.RunError, match="holds no run: it has no config.yaml"):
         model_of(f"tokenizer.encoder.weights={tmp_path}")
-    with pytest.raises(runs.RunError, match="task.losses.pixel: the run .* has no such part to take weights from"):
-        model_of(f"task.losses.pixel.weights={tiny_run}")
+    with pytest.raises(runs.RunError, match="task.losses.other: the run .* has no such part to take weights from"):
+        model_of(f"task.losses.other={{name: PixelLoss, weights: {tiny_run}}}")
 
 
 def test_a_frozen_part_is_not_trained_and_not_stored_and_comes_back(

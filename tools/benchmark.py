@@ -13,6 +13,7 @@ examples:
   OMP_NUM_THREADS=1 python tools/benchmark.py allocation --config projects/adatok/ntm.yaml --batch 1 64
   OMP_NUM_THREADS=1 python tools/benchmark.py attention
   OMP_NUM_THREADS=1 python tools/benchmark.py data --root my/photos
+  OMP_NUM_THREADS=1 python tools/benchmark.py quantizer --codes 4096 --dim 12
 train runs under torchrun too. decode and allocation read no images, so a data root may be any folder:
   IMAGENET_TRAIN=. IMAGENET_VAL=. python tools/benchmark.py decode --config projects/adatok/imagenet/ntm.yaml --batch 4
 """
@@ -35,21 +36,24 @@ def parse() -> argparse.Namespace:
         ("allocation", 10, "time to choose lengths by a learned policy and by binary search, with random weights"),
         ("attention", 10, "explicit and fused attention, and which of them the framework takes"),
         ("data", 10, "images/s from a folder of images or shards: the framework, decoding alone, and other loaders"),
+        ("quantizer", 10, "vector quantization, forward and backward: ours, TiTok's form, vector-quantize-pytorch"),
     ):
         command = commands.add_parser(name, help=text, description=text, **form)
         command.add_argument("--rounds", default=rounds, help=f"{rounds} unless given", **number)
         if name in ("train", "decode", "allocation"):
             command.add_argument("--config", required=True, metavar="FILE", help="a YAML file")
             command.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="changes to it, in YAML")
-        if name in ("decode", "data"):
+        if name in ("decode", "data", "quantizer"):
             command.add_argument("--batch", dest="batch_size", default=64, help="images, 64 unless given", **number)
-    train, allocation, data = (commands.choices[name] for name in ("train", "allocation", "data"))
+    train, allocation, data, quantizer = (commands.choices[n] for n in ("train", "allocation", "data", "quantizer"))
     train.add_argument("--steps", help="of a round; train.log_every unless given", **number)
     allocation.add_argument("--batch", dest="batch_sizes", nargs="+", default=[1, 64], help="1 64 by default", **number)
     allocation.add_argument("--shortest", default=1, help="length to choose, 1 unless given", **number)
     data.add_argument("--root", required=True, metavar="DIR", help="a folder of images or of shards")
     data.add_argument("--image-size", default=256, help="side, 256 unless given", **number)
     data.add_argument("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="0 2 unless given")
+    for option, default in (("codes", 4096), ("dim", 12), ("tokens", 256)):
+        quantizer.add_argument(f"--{option}", default=default, help=f"{default} unless given", **number)
     return parser.parse_args()
 
 

@@ -41,11 +41,12 @@ class Batch:
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The images at ``rows``, in that order."""
+        numbers = torch.as_tensor(rows, dtype=torch.int64)
         return Batch(
-            self.images[torch.as_tensor(rows)],
+            self.images[numbers],
             [self.keys[row] for row in rows],
             [self.groups[row] for row in rows],
-            None if self.labels is None else self.labels[torch.as_tensor(rows)],
+            None if self.labels is None else self.labels[numbers],
             kinds=None if self.kinds is None else [self.kinds[row] for row in rows],
         )
 

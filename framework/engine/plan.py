@@ -16,6 +16,7 @@ from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.engine.experiment import Experiment
 from framework.engine.trainer import make_turns
 from framework.engine.training import Training
+from framework.nn.lora import LowRankHeads
 from framework.tokenizers.tokenizer import Tokenizer
 
 H100_OPERATIONS = 989e12
@@ -100,6 +101,8 @@ def plan(experiment: Experiment) -> str:
         experiment.train.init_from.match(experiment.task)
     model, train, data = experiment.task.model, experiment.train, experiment.data
     rows = [count_parameters(name, child) for name, child in model.named_children()]
+    adapters = nn.ModuleList(module for module in model.modules() if isinstance(module, LowRankHeads))
+    rows.append(count_parameters("of which adapters", adapters))
     rows.append(count_parameters("total", experiment.task))
     lines = ["parameters" + _table(("part", "trainable", "frozen", "total"), _parameter_rows(rows))]
     tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model

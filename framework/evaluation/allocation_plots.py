@@ -34,7 +34,7 @@ from framework.evaluation.plots import (
     write_figure,
     write_rows,
 )
-from framework.evaluation.rate_distortion import mean_intervals
+from framework.evaluation.rate_distortion import mean_intervals, rows_by_kind
 from framework.tokenizers.tokenizer import Tokenizer
 
 History = Sequence[Mapping[str, Any]]
@@ -92,9 +92,10 @@ def _plot_images(axes: Axes, study: AllocationStudy) -> None:
 
 
 def plot_lengths(study: AllocationStudy, path: Path) -> None:
-    """Which lengths are chosen, and how they go with the error at the shortest budget and with the size as a PNG."""
-    figure = Figure(figsize=(16, 6), dpi=DOTS_PER_INCH, layout="constrained")
-    histogram, by_error, by_size = figure.subplots(1, 3)
+    """Which lengths are chosen, and how they go with the error at the shortest budget, the PNG size and the kind."""
+    figure = Figure(figsize=(16, 12 if study.kinds else 6), dpi=DOTS_PER_INCH, layout="constrained")
+    grid = figure.subplots(2, 2) if study.kinds else figure.subplots(1, 3)
+    histogram, by_error, by_size, *by_kind = grid.flat
     num_budgets = len(study.budgets)
     choices = {name: study.choices[name] for name in ("policy", "oracle")}
     means = [f"{name}, mean {choice.mean(study.tables['length']):.3g}" for name, choice in choices.items()]
@@ -111,7 +112,9 @@ def plot_lengths(study: AllocationStudy, path: Path) -> None:
     by_size.set_xlabel("bytes of the PNG file", size=15)
     _plot_against(by_error, study, study.squared_errors[:, 0].clamp(min=1e-6), "error_at_shortest")
     _plot_against(by_size, study, study.png_bytes, "png_bytes")
-    for axes in (histogram, by_error, by_size):
+    for axes in by_kind:
+        _plot_by_kind(axes, study)
+    for axes in grid.flat:
         style_axes(axes)
     write_figure(figure, path)
 
@@ -129,6 +132,22 @@ def _plot_against(axes: Axes, study: AllocationStudy, values: Tensor, name: str)
     correlation = study.rank_correlation[name]
     told = "one is constant" if correlation is None else f"rank correlation {correlation:.2f}"
     axes.set_title(told, loc="left", size=16)
+
+
+def _plot_by_kind(axes: Axes, study: AllocationStudy) -> None:
+    """A histogram of each kind's lengths on its side, scaled to its own highest bar."""
+    thickness = 0.8 * min(np.diff(study.budgets).tolist(), default=1)
+    kinds = study.by_kind()
+    for at, rows in enumerate(rows_by_kind(study.kinds).values()):
+        shares = study.choices["policy"].shares[rows].mean(0)
+        widths = 0.8 * shares / shares.max()
+        axes.barh(study.budgets, widths, thickness, at - widths / 2, color=COLOURS[0], alpha=0.5)
+    means = [numbers["length"] for numbers in kinds.values()]
+    axes.plot(range(len(kinds)), means, "o-", color=COLOURS[1], linewidth=2.8, label="mean of the kind")
+    axes.set_xticks(range(len(kinds)), list(kinds))
+    axes.set_xlim(-0.6, len(kinds) - 0.4)
+    axes.set_ylabel("tokens kept", size=15)
+    axes.set_title("How often each length, by kind of image", loc="left", size=16)
 
 
 def plot_training(histories: Mapping[str, History], num_budgets: Collection[int], path: Path) -> None:

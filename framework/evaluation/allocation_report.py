@@ -25,11 +25,12 @@ from framework.evaluation.allocation_study import DEFINITIONS, AllocationStudy, 
 from framework.evaluation.image_metrics import THRESHOLDS
 from framework.evaluation.rate_distortion import Progress
 from framework.evaluation.report import choose_photograph
-from framework.evaluation.tables import csv_text, markdown
+from framework.evaluation.tables import columns_text, markdown
 from framework.runtime.files import write_text
 
 WALL_ROWS = 5
 MEANS = ("tokens", "reward", "MSE x 1000")
+RATES = tuple(f"rQPR {threshold}" for threshold in THRESHOLDS)
 
 
 def evaluate_allocation(
@@ -67,7 +68,9 @@ def evaluate_allocation(
     """
     study = study_allocation(model, reward, fidelity, data, record, limit, progress)
     summary = study.summary()
-    metrics: dict[str, object] = {"definitions": DEFINITIONS, "allocation": summary}
+    metrics: dict[str, Any] = {"definitions": DEFINITIONS, "allocation": summary, "systems": study.systems()}
+    if kinds := study.by_kind():
+        metrics["kinds"] = kinds
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     write_text(folder / "per_image.csv", _per_image(study))
     plot_landscape(study, folder / "landscape.png")
@@ -83,7 +86,7 @@ def evaluate_allocation(
         plot_allocated_photograph(choose_photograph(data, study.groups), model, folder / "photograph.png")
     except ValueError as error:  # a policy that looks images up by name knows no tiles
         note = f"\nNo photograph: {error}.\n"
-    write_text(folder / "table.md", _table(summary) + note)
+    write_text(folder / "table.md", _table(metrics) + note)
     return metrics
 
 
@@ -106,14 +109,17 @@ def compare_allocations(
     Raises:
         ValueError: see ``study_allocation``.
     """
-    header = ["run", *MEANS, "reward minus fixed at mean's", "of the gap to the oracle", "of that of the best fixed"]
-    rows = [[*header, "rank correlation with error"]]
+    discrete = any(model.tokenizer.quantizer.vocabulary is not None for model, *_ in models.values())
+    header = ["run", *MEANS, *(["bits per image"] if discrete else []), "reward minus fixed at mean's"]
+    rows = [[*header, "of the gap to the oracle", "of that of the best fixed", "rank correlation with error"]]
     for name, (model, reward, fidelity, _) in models.items():
-        summary = study_allocation(model, reward, fidelity, data, {}, limit, progress).summary()
+        study = study_allocation(model, reward, fidelity, data, {}, limit, progress)
+        summary = study.summary()
         rows.append(
             [
                 name,
                 *_means(summary["policies"]["policy"]),
+                *([_bits(study.systems()["adaptive"])] if discrete else []),
                 _difference(summary["differences"]["fixed_at_mean"], "reward"),
                 *(_text(share, ".0%") for share in summary["gap"].values()),
                 _text(summary["rank_correlation"]["error_at_shortest"], ".2f"),
@@ -127,17 +133,18 @@ def compare_allocations(
 def _per_image(study: AllocationStudy) -> str:
     """One row per image: what the policy chose and got, beside four others."""
     columns: dict[str, Sequence[object]] = {"key": study.keys, "group": study.groups}
+    columns |= {} if study.kinds is None else {"kind": study.kinds}
     columns["png_bytes"] = study.png_bytes.tolist()
     for name in ("policy", "fixed_at_mean", "best_fixed", "binary_search", "oracle"):
         for metric, table in study.tables.items():
             column = metric if name == "policy" else f"{name}_{metric}"
             columns[column] = study.choices[name].per_image(table).tolist()
-    return csv_text(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return columns_text(columns)
 
 
-def _table(summary: Mapping[str, Any]) -> str:
-    rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
-    header = ["", *MEANS, *rates, "encodings", "decodings"]
+def _table(metrics: Mapping[str, Any]) -> str:
+    summary = metrics["allocation"]
+    header = ["", *MEANS, *RATES, "encodings", "decodings"]
     rows = [[*header, "policy's reward minus this", "policy's MSE x 1000 minus this"]]
     for name, numbers in summary["policies"].items():
         difference = summary["differences"].get(name)
@@ -163,7 +170,28 @@ def _table(summary: Mapping[str, Any]) -> str:
         f"The reward: {summary['protocol']['reward']}.",
         _scope(summary),
     ]
-    return "\n\n".join([markdown(rows, num_words=1).rstrip(), *lines]) + "\n"
+    tables = [_systems(metrics), markdown(rows, num_words=1).rstrip()]
+    if kinds := metrics.get("kinds"):
+        rows = [["kind", "images", "tokens", "MSE x 1000"]]
+        for kind, numbers in kinds.items():
+            rows.append([kind, str(numbers["count"]), f"{numbers['length']:.2f}", f"{1000 * numbers['mse']:.3g}"])
+        lines.append(f"The policy's choices by kind of image:\n\n{markdown(rows, num_words=1).rstrip()}")
+    return "\n\n".join([*tables, *lines]) + "\n"
+
+
+def _systems(metrics: Mapping[str, Any]) -> str:
+    rows = [["", "tokens", "bits per image", "MSE x 1000", "PSNR, dB", *RATES]]
+    full, adaptive = metrics["systems"]["full"], metrics["systems"]["adaptive"]
+    every = full["length"] == metrics["allocation"]["protocol"]["num_tokens"]
+    for name, numbers in {"full length" if every else "longest budget": full, "adaptive": adaptive}.items():
+        tokens, _, mse = _means(numbers)
+        rates = (f"{share:.0%}" for share in numbers["rqpr"].values())
+        rows.append([name, tokens, _bits(numbers), mse, f"{numbers['psnr']:.2f}", *rates])
+    return markdown(rows, num_words=1).rstrip()
+
+
+def _bits(system: Mapping[str, Any]) -> str:
+    return "continuous" if system["bits"] is None else f"{system['bits']:,.1f}"
 
 
 def _scope(summary: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ Shapes: i images, g budgets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from framework.allocation.rules import png_bytes
 from framework.allocation.search import BinarySearch
 from framework.data.interface import ImageData
 from framework.data.stream import Sequential
-from framework.evaluation.image_metrics import THRESHOLDS
+from framework.evaluation.image_metrics import THRESHOLDS, psnr
 from framework.evaluation.rate_distortion import (
     Progress,
     RateDistortion,
@@ -33,6 +34,7 @@ from framework.evaluation.rate_distortion import (
     mean_intervals,
     measure,
     reconstructions,
+    rows_by_kind,
 )
 from framework.tokenizers.interface import Allocation, AllocationRequest
 
@@ -59,6 +61,11 @@ DEFINITIONS = {
     "bytes as PNG; ties at their mean rank; null where either is constant",
     "unimodal": "share of images whose reward never rises after a fall, from budget to budget; _hard: with tau 0",
     "falling": "share of steps from budget to budget, over all images, at which the fidelity's distortion falls",
+    "systems": "the same model twice: full keeps the longest budget of every image, adaptive what the policy chooses",
+    "bits": "per image, null where tokens are continuous: mean tokens x log2 of the number of codes and, unless all "
+    "images have one length, log2 of the number of budgets for the length. Ideal codes of both take that at most",
+    "psnr": "dB, mean over images of each image's PSNR",
+    "kinds": "the policy's choices over the images of one kind; count: how many there are",
 }
 
 
@@ -99,6 +106,8 @@ class AllocationStudy:
         keys: one name per image.
         groups: the photograph that each image was cut from.
         protocol: how all this was measured.
+        bits_per_token: log2 of the number of codes; ``None`` where tokens are continuous.
+        kinds: what sort of image each one is, where the data set tells.
     """
 
     distortions: Tensor
@@ -112,6 +121,8 @@ class AllocationStudy:
     keys: tuple[str, ...]
     groups: tuple[str, ...]
     protocol: Mapping[str, object]
+    bits_per_token: float | None = None
+    kinds: tuple[str, ...] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -195,6 +206,28 @@ class AllocationStudy:
             "search_threshold": self.search_threshold,
             **{name: is_unimodal(table).double().mean().item() for name, table in rewards.items()},
             "falling": (self.distortions.diff(dim=1) < 0).double().mean().item(),
+        }
+
+    def systems(self) -> dict[str, dict[str, Any]]:
+        """``full`` and ``adaptive``, the paper's two rows: the numbers of these policies, ``psnr`` and ``bits``."""
+        named = {"full": self.choices["full"], "adaptive": self.choices["policy"]}
+        return {
+            name: self._numbers(choice) | {"psnr": choice.mean(psnr(self.squared_errors)), "bits": self._bits(choice)}
+            for name, choice in named.items()
+        }
+
+    def _bits(self, choice: Choice) -> float | None:
+        if self.bits_per_token is None:
+            return None
+        lengths = self.tables["length"]
+        return choice.mean(lengths) * self.bits_per_token + (math.log2(len(lengths)) if choice.std(lengths) else 0)
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """``count`` and the policy's mean length, reward and error of each kind of image; empty without kinds."""
+        chosen = {metric: self.choices["policy"].per_image(table) for metric, table in self.tables.items()}
+        return {
+            kind: {"count": len(rows), **{metric: values[rows].mean().item() for metric, values in chosen.items()}}
+            for kind, rows in rows_by_kind(self.kinds).items()
         }
 
     def _numbers(self, choice: Choice) -> dict[str, Any]:
@@ -298,6 +331,8 @@ def study_allocation(
         errors.keys,
         errors.groups,
         {**errors.protocol, "num_tokens": model.num_tokens, **setting},
+        None if (vocabulary := tokenizer.quantizer.vocabulary) is None else math.log2(vocabulary),
+        errors.kinds,
     )
 
 

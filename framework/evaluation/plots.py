@@ -14,10 +14,11 @@ import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from framework.evaluation.codebook import CodebookStatistics
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
 from framework.evaluation.rate_distortion import RateDistortion, reconstructions
 from framework.runtime.files import write_bytes
@@ -85,6 +86,34 @@ def _plot_images(axes: Axes, curve: RateDistortion) -> None:
     lines[0].set_label("single images")
     low, high = curve.intervals
     axes.fill_between(curve.lengths, low, high, color=COLOURS[0], alpha=0.16, linewidth=0, label="95% interval")
+
+
+def plot_codebook(codebook: CodebookStatistics, path: Path) -> None:
+    """The perplexity at each position against the number of codes, and how unequal the shares of the codes are."""
+    figure = Figure(figsize=(16, 6.5), dpi=DOTS_PER_INCH, layout="constrained")
+    positions, ranks = figure.subplots(1, 2)
+    perplexities, vocabulary, overall = codebook.per_position()["perplexity"], codebook.vocabulary, codebook.overall()
+    positions.bar(range(1, len(perplexities) + 1), perplexities, color=COLOURS[0], width=0.85)
+    positions.axhline(overall["perplexity"], color=COLOURS[1], linewidth=2, label="all positions together")
+    positions.axhline(vocabulary, color=GREY, linestyle="--", label=f"K, {count(vocabulary, 'code')}")
+    if codebook.num_images < vocabulary:  # no position has seen more codes than images
+        positions.axhline(codebook.num_images, color="black", linestyle=":", label=f"{codebook.num_images} images")
+    positions.set_xlim(0.4, len(perplexities) + 0.6)
+    positions.xaxis.set_major_locator(MaxNLocator(integer=True))
+    positions.set_xlabel("position of the token", size=15)
+    positions.set_title("Perplexity at each position", loc="left", size=18)
+    shares = codebook.shares.sort(descending=True).values
+    seen = shares[shares > 0]
+    name = f"usage {overall['usage']:.1%}, dead codes {overall['dead_codes']}"
+    ranks.step(range(1, len(seen) + 1), seen, where="mid", color=COLOURS[0], linewidth=2.4, label=name)
+    ranks.axhline(1 / vocabulary, color=GREY, linestyle="--", label="an even share, 1 / K")
+    ranks.set_yscale("log")
+    ranks.set_xlim(0, vocabulary + 1)
+    ranks.set_xlabel("codes, the most common first", size=15)
+    ranks.set_title("Share of each code among all tokens", loc="left", size=18)
+    for axes in (positions, ranks):
+        style_axes(axes)
+    write_figure(figure, path)
 
 
 def plot_curves(panels: Mapping[str, Curves], errors: Collection[str], path: Path) -> None:

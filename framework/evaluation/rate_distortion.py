@@ -5,13 +5,13 @@ Shapes: b images of a batch, i images of the data set, l lengths.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
+from framework.evaluation.tables import columns_text
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -36,7 +37,12 @@ DEFINITIONS = {
     "rqpr": "share of images with a squared error at or below the threshold",
     "share_falling": "share of images with a lower error than at the previous length of the list",
     "mse_interval": "95% bootstrap interval of mse: 1000 resamples of groups, then of images within each, seed 0",
+    "idle_tail": "length: the shortest measured one whose mse is at most a share, tolerance, above that of all tokens; "
+    "tokens: those behind it, which together lower the mean error by no more. Where the lengths just below were not "
+    "measured, more may be idle; null where the length of all tokens was not measured",
+    "kinds": "count: images of this kind; per_length: mse over these alone",
 }
+IDLE_TOLERANCE = 0.01
 
 
 def default_lengths(num_tokens: int) -> tuple[int, ...]:
@@ -60,6 +66,7 @@ class RateDistortion:
         keys: one name per image.
         groups: the photograph that each image was cut from.
         protocol: how the errors were measured.
+        kinds: what sort of image each one is, where the data set tells.
     """
 
     errors: Tensor
@@ -67,6 +74,7 @@ class RateDistortion:
     keys: tuple[str, ...]
     groups: tuple[str, ...]
     protocol: Mapping[str, object]
+    kinds: tuple[str, ...] | None = None
 
     @cached_property
     def intervals(self) -> Tensor:
@@ -97,20 +105,42 @@ class RateDistortion:
             "share_falling_over_single_steps": falling.mean().item() if every_step else None,
         }
 
-    def save(self, folder: Path, baselines: Mapping[str, object] | None = None) -> dict[str, object]:
-        """Write ``metrics.json`` (this summary and those of ``baselines``) and ``per_image.csv`` (one row per image).
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """``count`` and, for each length, ``mse`` of each kind of image; empty without kinds."""
+        found = {}
+        for kind, rows in rows_by_kind(self.kinds).items():
+            means = zip(self.lengths, self.errors[rows].mean(0).tolist(), strict=True)
+            found[kind] = {"count": len(rows), "per_length": [{"length": length, "mse": mse} for length, mse in means]}
+        return found
+
+    def idle_tail(self, num_tokens: int) -> dict[str, Any] | None:
+        """How many of a tokenizer's n tokens do nearly nothing for the mean error; see ``DEFINITIONS``."""
+        if self.lengths[-1] != num_tokens:
+            return None
+        means = self.errors.mean(0)
+        length = self.lengths[int((means <= (1 + IDLE_TOLERANCE) * means[-1]).nonzero()[0])]
+        measured = list(self.lengths)
+        return {"length": length, "tokens": num_tokens - length, "tolerance": IDLE_TOLERANCE, "measured": measured}
+
+    def save(self, folder: Path, sections: Mapping[str, object] | None = None) -> dict[str, object]:
+        """Write ``metrics.json`` (this summary and other ``sections``) and ``per_image.csv`` (one row per image).
 
         Returns:
             The contents of ``metrics.json``.
         """
-        metrics = {"definitions": DEFINITIONS, "rate_distortion": self.summary(), **(baselines or {})}
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(["key", "group", *(f"mse@{length}" for length in self.lengths)])
-        rows.writerows(zip(self.keys, self.groups, *self.errors.T.tolist(), strict=True))
+        metrics = {"definitions": DEFINITIONS, "rate_distortion": self.summary(), **(sections or {})}
+        columns: dict[str, Sequence[object]] = {"key": self.keys, "group": self.groups}
+        columns |= {} if self.kinds is None else {"kind": self.kinds}
+        columns |= dict(zip((f"mse@{length}" for length in self.lengths), self.errors.T.tolist(), strict=True))
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-        write_text(folder / "per_image.csv", table.getvalue())
+        write_text(folder / "per_image.csv", columns_text(columns))
         return metrics
+
+
+def rows_by_kind(kinds: Sequence[str] | None) -> dict[str, list[int]]:
+    """The rows of each kind, ``2 digits`` before ``10 digits``; empty without kinds."""
+    names = sorted(set(kinds or ()), key=lambda kind: re.sub(r"\d+", lambda number: number[0].zfill(9), kind))
+    return {name: [row for row, kind in enumerate(kinds or ()) if kind == name] for name in names}
 
 
 def mean_intervals(errors: Tensor, groups: Sequence[str], resamples: int = 1000, seed: int = 0) -> Tensor:
@@ -197,6 +227,7 @@ def measure(
     measured: list[Tensor] = []
     keys: list[str] = []
     groups: list[str] = []
+    kinds: list[str] = []
     batches = Sequential(data, batch_size, limit)
     for batch in batches:
         batch_errors = errors(batch.images, lengths).cpu().double()
@@ -204,6 +235,7 @@ def measure(
         measured.append(batch_errors)
         keys += batch.keys
         groups += batch.groups
+        kinds += batch.kinds or []
         if progress is not None:
             progress(name, len(keys) + len(batches.broken), total)
     if not keys:
@@ -221,7 +253,8 @@ def measure(
         "lengths": list(lengths),
         "weights": dict(record or {}),
     }
-    return RateDistortion(torch.cat(measured), tuple(lengths), tuple(keys), tuple(groups), protocol)
+    named = tuple(kinds) or None
+    return RateDistortion(torch.cat(measured), tuple(lengths), tuple(keys), tuple(groups), protocol, named)
 
 
 def _refuse_non_finite(name: str, errors: Tensor, keys: Sequence[str], lengths: Sequence[int]) -> None:

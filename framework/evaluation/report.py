@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from framework.data.interface import ImageData
 from framework.data.stream import Sequential, subset
+from framework.evaluation.codebook import CodebookStatistics
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
 from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
-from framework.evaluation.plots import plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
+from framework.evaluation.plots import plot_codebook, plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
 from framework.evaluation.rate_distortion import (
     Progress,
     RateDistortion,
@@ -43,8 +45,8 @@ def evaluate_tokenizer(
 ) -> dict[str, object]:
     """Measure a tokenizer on held-out images and leave the results in a folder.
 
-    Writes ``metrics.json``, ``per_image.csv``, ``table.md``, ``rate_distortion.png``, ``reconstructions.png`` and
-    ``photograph.png``.
+    Writes ``metrics.json``, ``per_image.csv``, ``table.md``, ``rate_distortion.png``, ``reconstructions.png``,
+    ``photograph.png`` and, of a discrete tokenizer, ``codebook.png``.
 
     Args:
         tokenizer: in eval mode.
@@ -69,8 +71,21 @@ def evaluate_tokenizer(
     else:
         reason = "no training images" if train_data is None else f"images of {_num_values(data)} values"
         summary, note = None, f"No PCA baseline: {reason}."
-    metrics = curve.save(folder, {"pca": summary, "pca_note": note})
-    write_text(folder / "table.md", _table(curve, baseline, note))
+    sections: dict[str, Any] = {"idle_tail": curve.idle_tail(tokenizer.num_tokens)}
+    if kinds := curve.by_kind():
+        sections["kinds"] = kinds
+    if (vocabulary := tokenizer.quantizer.vocabulary) is not None:
+        codebook = CodebookStatistics(tokenizer.num_tokens, vocabulary)
+        for _ in codebook.counting(tokenizer, Sequential(data, 64, limit)):
+            pass
+        plot_codebook(codebook, folder / "codebook.png")
+        sections["codebook"] = codebook.summary()
+        bits = f"one of {vocabulary:,} codes, {sections['codebook']['bits_per_token']:.4g} bits"
+        floats = f"{tokenizer.token_dim} floats for it are not coded"
+        if baseline is not None:
+            note += f" Equal floats are not equal bits: a token is {bits}, while PCA's {floats}."
+    metrics = curve.save(folder, sections | {"pca": summary, "pca_note": note})
+    write_text(folder / "table.md", _table(curve, baseline, metrics))
     plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png")
 
     indices = {data.key(index): index for index in subset(len(data), limit)}
@@ -151,11 +166,12 @@ def _principal_components(
     return measure("PCA baseline", errors, data, curve.lengths, limit, record=record, progress=progress)
 
 
-def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) -> str:
-    """The summary as a Markdown table."""
+def _table(curve: RateDistortion, baseline: RateDistortion | None, metrics: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table, and what else there is to say."""
     rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
-    header = ["tokens", "MSE x 1000", "95% interval", "PSNR, dB", *rates, "falls", "PCA, MSE x 1000"]
-    rows = [header]
+    codebook = metrics.get("codebook")
+    header = ["tokens", *(["bits"] if codebook else []), "MSE x 1000", "95% interval", "PSNR, dB"]
+    rows = [[*header, *rates, "falls", "PCA, MSE x 1000"]]
     for column, (length, errors) in enumerate(zip(curve.lengths, curve.errors.T, strict=True)):
         low, high = (1000 * curve.intervals[:, column]).tolist()
         falls = (errors < curve.errors[:, column - 1]).double().mean().item()
@@ -163,6 +179,7 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
         rows.append(
             [
                 str(length),
+                *([f"{length * codebook['bits_per_token']:,.1f}"] if codebook else []),
                 f"{1000 * errors.mean().item():.3g}",
                 f"{low:.3g} to {high:.3g}",
                 f"{psnr(errors).mean().item():.2f}",
@@ -172,7 +189,41 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, note: str) ->
             ]
         )
     scope = f"{_images(curve)}; pixels in [0, 1]; definitions in metrics.json."
-    return f"{markdown(rows, num_words=0)}\n{scope} {note}\n"
+    texts = [markdown(rows, num_words=0), f"{scope} {metrics['pca_note']}\n"]
+    if codebook:
+        texts.append(_codebook_text(codebook))
+    if (tail := metrics["idle_tail"]) and tail["tokens"]:
+        texts.append(_idle_text(tail))
+    if kinds := metrics.get("kinds"):
+        rows = [["kind", "images", *map(str, curve.lengths)]]
+        for kind, numbers in kinds.items():
+            rows.append([kind, str(numbers["count"]), *(f"{1000 * at['mse']:.3g}" for at in numbers["per_length"])])
+        texts.append(f"MSE x 1000 by kind of image and tokens:\n\n{markdown(rows, num_words=1)}")
+    return "\n".join(texts)
+
+
+def _codebook_text(codebook: Mapping[str, Any]) -> str:
+    by_token = codebook["per_position"]["perplexity"]
+    low, high = (f"{value:.4g} at token {by_token.index(value) + 1}" for value in (min(by_token), max(by_token)))
+    few = f" {codebook['few_tokens']}" if codebook["few_tokens"] else ""
+    return (
+        f"Codebook, over {codebook['tokens']:,} tokens: usage {codebook['usage']:.1%}, perplexity "
+        f"{codebook['perplexity']:.4g} of {codebook['vocabulary']:,}, dead codes {codebook['dead_codes']:,}. "
+        f"By position, the lowest perplexity is {low}, the highest {high}.{few}\n\n"
+        "Bits are tokens x log2 of the codes; what telling the number of tokens takes is not in them.\n"
+    )
+
+
+def _idle_text(tail: Mapping[str, Any]) -> str:
+    length, measured = tail["length"], [0, *tail["measured"]]
+    before = measured[measured.index(length) - 1]
+    told = f"the last {tail['tokens']} do nearly nothing for it"
+    if before < length - 1:
+        told = f"at least {told} (no length between {before} and {length} was measured)"
+    return (
+        f"Of the measured lengths, {length} is the shortest whose mean MSE is at most {tail['tolerance']:.0%} above "
+        f"that of all {length + tail['tokens']} tokens: {told}.\n"
+    )
 
 
 def _images(curve: RateDistortion) -> str:

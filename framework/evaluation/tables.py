@@ -79,6 +79,11 @@ def _marked(rows: Rows, mark: str, places: Places) -> list[list[str]]:
     ]
 
 
+def columns_text(columns: Mapping[str, Sequence[object]]) -> str:
+    """``csv_text`` of columns of one height."""
+    return csv_text(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
 def csv_text(records: Iterable[Mapping[str, object]]) -> str:
     """One line for each record, under every key that any of them has; numbers at full precision."""
     records = list(records)

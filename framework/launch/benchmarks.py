@@ -7,7 +7,7 @@ from typing import Any
 
 from framework import runs
 from framework.config import load_config
-from framework.engine import allocation_benchmark, benchmark, data_benchmark
+from framework.engine import allocation_benchmark, benchmark, data_benchmark, quantizer_benchmark
 from framework.launch.environment import joined
 
 LINES: dict[str, Callable[..., Iterator[str]]] = {
@@ -16,6 +16,7 @@ LINES: dict[str, Callable[..., Iterator[str]]] = {
     "attention": benchmark.attention_lines,
     "allocation": allocation_benchmark.allocation_lines,
     "data": data_benchmark.loading_lines,
+    "quantizer": quantizer_benchmark.quantizer_lines,
 }
 
 

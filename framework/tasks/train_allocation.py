@@ -5,7 +5,7 @@ Shapes: b batch, g candidate budgets, k budgets of each image that an objective 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer, allocation_request
 from framework.allocation.error_table import ErrorTable
-from framework.allocation.fidelity import Fidelity, SquaredError
+from framework.allocation.fidelity import Fidelity
 from framework.allocation.learned_policy import LearnedPolicy
 from framework.allocation.objectives import PolicyObjective, RewardsAt
 from framework.allocation.rewards import Reward
 from framework.allocation.search import Trials
 from framework.config.registry import Factory
 from framework.data.interface import Batch, ImageData
-from framework.evaluation.allocation_report import compare_allocations, evaluate_allocation
-from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
+from framework.tasks.allocation_task import AllocationTask
+from framework.tasks.interface import TASKS, Context, StepOutput, Turn
 from framework.tokenizers.interface import AllocationPolicy, AllocationRequest
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class Outlook(NamedTuple):
 
 
 @TASKS.register()
-class TrainAllocation(Task):
+class TrainAllocation(AllocationTask):
     """A policy learns from what budgets are worth (AdaTok, stage two); a rule learns nothing and is only evaluated.
 
     Args:
@@ -72,7 +72,6 @@ class TrainAllocation(Task):
         *,
         tokenizer: Tokenizer,
     ) -> None:
-        super().__init__()
         if not getattr(tokenizer, "is_frozen", False):
             raise ValueError(
                 "the tokenizer stays as it is while a policy is trained for it: set tokenizer.frozen=true and "
@@ -82,26 +81,14 @@ class TrainAllocation(Task):
         if isinstance(chooses, LearnedPolicy) != (objective is not None):
             kind = "learns nothing: set task.objective=null" if objective else "learns: set task.objective"
             raise ValueError(f"the policy {type(chooses).__name__} {kind}")
-        self.adaptive = AdaptiveTokenizer(tokenizer, chooses)
-        self.reward = reward
+        super().__init__(AdaptiveTokenizer(tokenizer, chooses), reward, fidelity)
         self.objective = objective
-        self.fidelity = fidelity or SquaredError()
         self.distortions = distortions
         self.turns = () if objective is None else (Turn("policy", updates=objective.updates),)
         self.table: ErrorTable | None = None
         self.register_buffer("budgets", torch.tensor(chooses.budgets), persistent=False)
         self._validated: dict[tuple[str, ...], ErrorTable] = {}
         self._outlooks: dict[tuple[str, ...], Outlook] = {}  # of a step's micro-batches
-
-    @property
-    def model(self) -> AdaptiveTokenizer:
-        """The tokenizer with its policy."""
-        return self.adaptive
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer alone."""
-        return self.adaptive.tokenizer
 
     def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> None:
         """Make the error table of the training images, or find it in ``cache``."""
@@ -190,36 +177,6 @@ class TrainAllocation(Task):
             tokenizer, budgets = self.tokenizer, self.adaptive.policy.budgets
             self._validated[name] = ErrorTable.compute(tokenizer, [batch], budgets, self.fidelity, "", {})
         return self._validated[name]
-
-    def report(self, wanted: Report) -> None:
-        """The study of allocation: the policy beside fixed lengths, rules, a search and the best choice."""
-        _refuse_lengths(wanted)
-        (history,) = wanted.histories.values()
-        evaluate_allocation(
-            self.adaptive,
-            self.reward,
-            self.fidelity,
-            wanted.data,
-            wanted.folder,
-            wanted.record,
-            history,
-            wanted.limit,
-            wanted.progress,
-        )
-
-    @classmethod
-    def compare(cls, tasks: Mapping[str, TrainAllocation], wanted: Report) -> None:
-        """Rewards and lengths, and how training went."""
-        _refuse_lengths(wanted)
-        models = {
-            name: (task.adaptive, task.reward, task.fidelity, wanted.histories[name]) for name, task in tasks.items()
-        }
-        compare_allocations(models, wanted.data, wanted.folder, wanted.limit, wanted.progress)
-
-
-def _refuse_lengths(wanted: Report) -> None:
-    if wanted.lengths is not None:
-        raise ValueError("the policy chooses the lengths: leave out --lengths")
 
 
 def _not_tried(rows: Tensor, lengths: Tensor) -> Tensor:

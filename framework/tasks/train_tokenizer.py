@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from framework.data.interface import Batch
+from framework.evaluation.codebook import CodebookStatistics
 from framework.evaluation.rate_distortion import validation_errors
 from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer
 from framework.losses.interface import Loss
@@ -61,8 +62,15 @@ class TrainTokenizer(Task):
         return {} if alarm is None else {"codebook": alarm}
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean squared error on [0, 1] at the shortest, a middle and the full length."""
-        return validation_errors(self.tokenizer, batches)
+        """Mean squared error on [0, 1] at the shortest, a middle and the full length, and how codes are used."""
+        tokenizer = self.tokenizer
+        if tokenizer.quantizer.vocabulary is None:
+            return validation_errors(tokenizer, batches)
+        codebook = CodebookStatistics(tokenizer.num_tokens, tokenizer.quantizer.vocabulary)
+        errors = validation_errors(tokenizer, codebook.counting(tokenizer, batches))
+        overall, lowest = codebook.overall(), min(codebook.per_position()["perplexity"])
+        used = {name: overall[name] for name in ("usage", "perplexity")}
+        return errors | used | {"perplexity_lowest_position": lowest}
 
     def report(self, wanted: Report) -> None:
         """Rate-distortion numbers, plots and pictures."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from framework.nn.transformer import init_linear
+from framework.nn.transformer import Linear, init_linear
 from framework.tokenizers.interface import HEADS, Head
 
 
@@ -29,7 +29,7 @@ class PixelShuffleHead(Head):
         self.out_channels = out_channels
         self.patch_size = patch_size
         channels = out_channels + refine_channels
-        self.to_patch = nn.Linear(width, channels * patch_size**2)
+        self.to_patch = Linear(width, channels * patch_size**2)
         self.refine: nn.Sequential | None = None
         if refine_channels:
             correction = nn.Conv2d(refine_channels, out_channels, 3, padding=1)
@@ -38,10 +38,10 @@ class PixelShuffleHead(Head):
         if refine_channels:
             nn.init.zeros_(correction.weight)
 
-    def forward(self, states: Tensor, positions: tuple[int, int]) -> Tensor:
+    def forward(self, states: Tensor, positions: tuple[int, int], route: Tensor | None = None) -> Tensor:
         """States ``(b, p, w)`` -> values ``(b, c, rows * patch, columns * patch)``."""
         values = rearrange(
-            self.to_patch(states),
+            self.to_patch(states, route),
             "b (rows columns) (p q c) -> b (rows p) (columns q) c",
             rows=positions[0],
             p=self.patch_size,

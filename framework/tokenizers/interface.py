@@ -117,7 +117,10 @@ class Quantizer(nn.Module, ABC):
 
     dim: int
     vocabulary: int | None = None
-    usage: CodeUsage | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usage: CodeUsage | None = None  # not of the class, where it would hide the module's
 
     @property
     def input_dim(self) -> int:
@@ -191,6 +194,15 @@ class Decoder(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} writes only the size it was built for: resize or crop the images")
 
+    def merged(self, length: int) -> Decoder:
+        """A copy without adapters, for tokens whose lengths fall in the same range as ``length``, and no others.
+
+        Raises:
+            ValueError: if no token sequence has that length.
+            TypeError: if the decoder has no adapters.
+        """
+        raise TypeError(f"{type(self).__name__} has no adapters to merge: its weights are the same for every length")
+
 
 class Head(nn.Module, ABC):
     """The decoder's last step, from states at positions to values.
@@ -199,8 +211,12 @@ class Head(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, states: Tensor, positions: tuple[int, int]) -> Tensor:
-        """States ``(b, p, width)`` at a grid of ``positions`` -> values ``(b, c, h, w)``."""
+    def forward(self, states: Tensor, positions: tuple[int, int], route: Tensor | None = None) -> Tensor:
+        """States ``(b, p, width)`` at a grid of ``positions`` -> values ``(b, c, h, w)``.
+
+        ``route (b,)`` int64, for the linear layers (``nn.transformer.Linear``), says which head of their adapters each
+        sample takes; there is one only where one of the head's layers has an adapter.
+        """
 
 
 @dataclass(frozen=True)

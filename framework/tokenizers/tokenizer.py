@@ -185,6 +185,20 @@ class Tokenizer(nn.Module):
             copy.decoder.resize(copy.encoder.positions)
         return copy
 
+    def merged(self, length: int) -> Tokenizer:
+        """A copy in eval mode whose decoder has the adapters of one range of lengths folded into its weights.
+
+        It decodes tokens of the lengths in the range of ``length`` as this tokenizer does, at the speed of one without
+        adapters, and refuses others.
+
+        Raises:
+            ValueError: if ``length`` is not from 1 to n.
+            TypeError: if the decoder has no adapters.
+        """
+        copy = deepcopy(self).eval()
+        copy.decoder = copy.decoder.merged(length)
+        return copy
+
     def _encode(
         self, images: Tensor, lengths: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tokens, Quantized, Tensor]:

@@ -17,10 +17,46 @@ from framework.engine.optimizers import AdamW
 from framework.engine.trainer import Trainer
 from framework.engine.turns import NonFiniteError
 from framework.launch.environment import joined
+from framework.nn.between_steps import LearnsBetweenSteps
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import JsonLines, LogFile, Records
 from framework.tasks.interface import Context, Report, StepOutput, Task, Turn
 from tests.engine.fakes import FakeData, training
+
+
+class Average(LearnsBetweenSteps):
+    """Follows the mean of all ranks' images; and has a parameter that takes its noise from the main one's."""
+
+    mean: torch.Tensor
+    total: torch.Tensor
+    count: torch.Tensor
+    first: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(48))
+        self.register_buffer("total", torch.zeros(48), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.register_buffer("first", torch.zeros(48), persistent=False)
+        self.own = nn.Parameter(torch.zeros(48), requires_grad=False)
+
+    def forward(self, flat: torch.Tensor) -> None:
+        if self.training and torch.is_grad_enabled():
+            self.total += flat.detach().sum(0)
+            self.count += len(flat)
+            self.first = flat.detach()[0]
+
+    def averaged(self) -> list[torch.Tensor]:
+        return [self.total, self.count]
+
+    def shared(self) -> list[torch.Tensor]:
+        return [self.first]
+
+    def learn(self) -> None:
+        self.mean.lerp_(self.total / self.count, 0.1)
+        self.own.copy_(self.first)
+        self.total.zero_()
+        self.count.zero_()
 
 
 class PlainTask(Task):
@@ -35,6 +71,7 @@ class PlainTask(Task):
         self.net = nn.Linear(48, 48)
         self.rare = nn.Parameter(torch.zeros(48))
         self.register_buffer("seen", torch.zeros(48))
+        self.average = Average()
         self.poison = poison
 
     @property
@@ -44,6 +81,7 @@ class PlainTask(Task):
     def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
         flat = batch.images.flatten(1)
         self.seen += flat.mean(0)
+        self.average(flat)
         made = self.net(flat)
         if rows := [row for row, key in enumerate(batch.keys) if key == "image0"]:
             made[rows] = made[rows] + self.rare

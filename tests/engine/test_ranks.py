@@ -48,9 +48,9 @@ def test_two_ranks_train_as_one(together: Path, tmp_path: Path, name: str) -> No
     first, second = (found[name] for found in seen(together))
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
-        if key != "seen":  # of the main rank's images only
+        if key != "seen" and (name == "plain" or key != "average.own"):  # of the main rank's images only
             torch.testing.assert_close(first[key], value, atol=1e-6, rtol=1e-5)
-    assert alone["rare"].abs().max() > 0
+    assert alone["rare"].abs().max() > 0 and alone["average.mean"].min() > 0.2
     mine, theirs = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (tmp_path, together / name)

@@ -213,3 +213,16 @@ def test_constructing_touches_no_file(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003.partial").mkdir(parents=True)
     trainer(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints", "step_00000003.partial"]
+
+
+def test_an_alarm_is_told_when_it_begins(tmp_path: Path) -> None:
+    class Alarming(FakeTask):
+        steps = 0
+
+        def alarms(self) -> dict[str, str]:
+            self.steps += 1
+            return {"codebook": "it collapses"} if self.steps in (2, 3, 5) else {}
+
+    trainer(tmp_path, Alarming(), log_every=1).fit()
+    told = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "collapses" in line]
+    assert [line.split("step ")[-1] for line in told] == ["2: it collapses", "5: it collapses"]

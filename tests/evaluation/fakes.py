@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from framework.data.interface import Batch, ImageData
-from framework.tokenizers.interface import Contract
+from framework.tokenizers.interface import Contract, Quantized, Quantizer
+from framework.tokenizers.quantizers.identity import Identity
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
 
@@ -25,6 +26,7 @@ class BasisTokenizer(nn.Module):
         self.token_dim = token_dim
         self.num_tokens = basis.shape[1] // token_dim
         self.contract = contract
+        self.quantizer = Identity(token_dim)
         self.encodings = 0  # calls
         self.decoded = 0  # images
 
@@ -46,11 +48,30 @@ def basis_tokenizer(mean: Tensor, basis: Tensor, token_dim: int, contract: Contr
     return cast(Tokenizer, BasisTokenizer(mean, basis, token_dim, contract).eval())
 
 
+class SignQuantizer(Quantizer):
+    """2 ** d codes: the signs of d channels, the first the least."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.vocabulary: int = 2**dim
+
+    def forward(self, latents: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        signs = torch.where(latents > 0, 1.0, -1.0)
+        return Quantized(latents + (signs - latents).detach(), self.latents_to_codes(signs))
+
+    def codes_to_latents(self, codes: Tensor) -> Tensor:
+        return (codes[..., None] >> torch.arange(self.dim)) % 2 * 2.0 - 1
+
+    def latents_to_codes(self, latents: Tensor) -> Tensor:
+        return ((latents > 0).long() << torch.arange(self.dim)).sum(-1)
+
+
 class FixedImages(ImageData):
     """Given images ``(i, 3, s, s)`` in given groups; a whole photograph is the group's first image, tiled."""
 
-    def __init__(self, images: Tensor, groups: Sequence[str]) -> None:
-        self.images, self.groups = images, list(groups)
+    def __init__(self, images: Tensor, groups: Sequence[str], kinds: Sequence[str] | None = None) -> None:
+        self.images, self.groups, self.kinds = images, list(groups), kinds
         self.image_size = images.shape[-1]
 
     def __len__(self) -> int:
@@ -58,7 +79,8 @@ class FixedImages(ImageData):
 
     def fetch(self, indices: Sequence[int], epoch: int) -> Batch:
         keys = [f"{self.groups[i]}@{i},0" for i in indices]
-        return Batch(self.images[list(indices)], keys, [self.groups[i] for i in indices])
+        kinds = None if self.kinds is None else [self.kinds[i] for i in indices]
+        return Batch(self.images[list(indices)], keys, [self.groups[i] for i in indices], kinds=kinds)
 
     def whole(self, group: str) -> Tensor:
         return self.images[self.groups.index(group)].tile(1, 2, 3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.allocation.fidelity import SquaredError
 from framework.allocation.rewards import ContinuousReward, ThresholdReward
 from framework.allocation.rules import ComplexityLookup, FixedLength
-from framework.evaluation import allocation_plots
+from framework.evaluation import allocation_plots, allocation_report
 from framework.evaluation.allocation_plots import plot_allocated_photograph, plot_wall
 from framework.evaluation.allocation_report import compare_allocations, evaluate_allocation
-from tests.evaluation.fakes import FixedImages
+from framework.tokenizers.interface import Quantizer
+from tests.evaluation.fakes import FixedImages, SignQuantizer
 from tests.tokenizers.build import small_tokenizer
 
 FILES = {"metrics.json", "per_image.csv", "table.md", "landscape.png", "lengths.png", "wall.png", "photograph.png"}
@@ -31,18 +33,19 @@ HISTORY: list[dict[str, object]] = [
 ]
 
 
-def data(count: int = 24) -> FixedImages:
+def data(count: int = 24, kinds: bool = False) -> FixedImages:
     """Flat, smooth and noisy images of 16 x 16 pixels in turn."""
     generator = torch.Generator().manual_seed(0)
     sides = [1, 2, 16]
     parts = [torch.rand(1, 3, sides[i % 3], sides[i % 3], generator=generator) for i in range(count)]
     images = torch.cat([torch.nn.functional.interpolate(part, (16, 16), mode="bilinear") for part in parts])
-    return FixedImages(images, ["cat", "coin"] * (count // 2))
+    named = [("flat", "smooth", "noisy")[i % 3] for i in range(count)] if kinds else None
+    return FixedImages(images, ["cat", "coin"] * (count // 2), named)
 
 
-def by_size(**options: Any) -> AdaptiveTokenizer:
+def by_size(quantizer: Quantizer | None = None, **options: Any) -> AdaptiveTokenizer:
     """Small files keep one token, large ones all six."""
-    tokenizer = small_tokenizer()
+    tokenizer = small_tokenizer(quantizer=quantizer)
     feature_dim = tokenizer.encoder.feature_dim
     policy = ComplexityLookup([150, 400], [1, 3, 6], num_tokens=6, feature_dim=feature_dim, **options)
     return AdaptiveTokenizer(tokenizer, policy).eval()
@@ -84,7 +87,9 @@ def test_evaluation_leaves_numbers_and_pictures(tmp_path: Path) -> None:
 
     table = (tmp_path / "new/table.md").read_text()
     lines = table.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:10]] == [
+    assert lines[2].startswith("| full length | 6.00 ± 0.00 | continuous | ")
+    assert lines[3].startswith("| adaptive | ") and " | continuous | " in lines[3]
+    assert [line.split(" | ")[0] for line in lines[7:15]] == [
         f"| {name.replace('_', ' ')}" for name in study["policies"]
     ]
     policy = study["policies"]["policy"]
@@ -112,6 +117,55 @@ def test_one_length_for_all_is_a_policy_too(tmp_path: Path) -> None:
     evaluate_allocation(model, ContinuousReward(), SquaredError(), data(), tmp_path, {})
     assert "error at the shortest: none" in (tmp_path / "table.md").read_text()
     assert "| policy | 2.00 ± 0.00 | " in (tmp_path / "table.md").read_text()
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in ("plot_landscape", "plot_wall", "plot_allocated_photograph", "plot_training"):
+        monkeypatch.setattr(allocation_report, plot, lambda *arguments: None)
+
+
+def test_a_discrete_model_has_two_rows_with_bits_and_a_row_for_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pictures(monkeypatch)
+    model, images = by_size(SignQuantizer(3)), data(kinds=True)
+    metrics: dict[str, Any] = evaluate_allocation(model, ContinuousReward(), SquaredError(), images, tmp_path, {})
+    full, adaptive = metrics["systems"]["full"], metrics["systems"]["adaptive"]
+    rows = list(csv.DictReader((tmp_path / "per_image.csv").open()))
+    lengths = torch.tensor([float(row["length"]) for row in rows])
+    assert full["bits"] == 6 * 3
+    assert adaptive["bits"] == pytest.approx(3 * lengths.mean().item() + math.log2(3))
+    policies = metrics["allocation"]["policies"]
+    for system, policy in ((full, "full"), (adaptive, "policy")):
+        assert policies[policy].items() <= system.items()
+    decibels = [-10 * math.log10(float(row["mse"])) for row in rows]
+    assert adaptive["psnr"] == pytest.approx(sum(decibels) / len(rows)) and adaptive["psnr"] != full["psnr"]
+
+    assert [row["kind"] for row in rows] == images.kinds and list(metrics["kinds"]) == ["flat", "noisy", "smooth"]
+    for kind, numbers in metrics["kinds"].items():
+        own = [row for row in rows if row["kind"] == kind]
+        assert numbers["count"] == len(own) == 8
+        for metric in ("length", "reward", "mse"):
+            assert numbers[metric] == pytest.approx(sum(float(row[metric]) for row in own) / 8)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[2].split(" | ")[:3] == ["| full length", "6.00 ± 0.00", "18.0"]
+    assert table[3].split(" | ")[:3] == ["| adaptive", f"{adaptive['length']:.2f} ± {lengths.std(correction=0):.2f}",
+                                         f"{adaptive['bits']:.1f}"]  # fmt: skip
+    assert "| noisy | 8 | 6.00 | " in "\n".join(table)
+    # A second row of panels.
+    assert pixels(tmp_path / "lengths.png").shape[1] == 1200
+
+
+def test_a_policy_that_never_uses_all_tokens_has_a_longest_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pictures(monkeypatch)
+    tokenizer = small_tokenizer(quantizer=SignQuantizer(3))
+    policy = ComplexityLookup([200], [1, 4], num_tokens=6, feature_dim=tokenizer.encoder.feature_dim)
+    model = AdaptiveTokenizer(tokenizer, policy).eval()
+    metrics: dict[str, Any] = evaluate_allocation(model, ContinuousReward(), SquaredError(), data(), tmp_path, {})
+    assert "| longest budget | 4.00 ± 0.00 | 12.0 | " in (tmp_path / "table.md").read_text()
+    assert metrics["systems"]["full"]["bits"] == 12 and "kinds" not in metrics
 
 
 def test_the_wall_shows_each_image_above_its_reconstruction(tmp_path: Path) -> None:
@@ -156,7 +210,7 @@ def test_tiles_of_a_photograph_get_the_tokens_they_ask_for(tmp_path: Path, monke
     assert "fixed: 3 or 4 tokens a tile\n20 in all, " in captions[3] and "from 1 on the left to 6" in captions[2]
 
 
-def test_policies_are_compared_on_the_same_images(tmp_path: Path) -> None:
+def test_policies_are_compared_on_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {
         "good": (by_size(), ContinuousReward(), SquaredError(), HISTORY),
         "other reward": (by_size(), ThresholdReward(0.05), SquaredError(), HISTORY),
@@ -171,3 +225,10 @@ def test_policies_are_compared_on_the_same_images(tmp_path: Path) -> None:
     found = [float(re.split(" ", rows[2][column])[0]) for column in (2, 4)]
     assert found == pytest.approx(expected, abs=6e-5)
     assert pixels(tmp_path / "comparison.png").std() > 0.05
+    assert "bits per image" not in (tmp_path / "comparison.md").read_text()
+    without_pictures(monkeypatch)
+    discrete = (by_size(SignQuantizer(3)), ContinuousReward(), SquaredError(), HISTORY)
+    compare_allocations({"good": models["good"], "discrete": discrete}, data(), tmp_path, limit=12)
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "comparison.md").read_text().splitlines()]
+    assert rows[0][4] == "bits per image" and rows[2][4] == "continuous"
+    assert float(rows[3][4]) == pytest.approx(3 * float(rows[3][1].split(" ")[0]) + math.log2(3), abs=0.1)

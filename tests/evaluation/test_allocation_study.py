@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -93,6 +95,24 @@ def test_numbers_by_hand() -> None:
         "error_at_shortest": rank_correlation(torch.tensor([4, 2, 4, 1]), ERRORS[:, 0]),
         "png_bytes": rank_correlation(torch.tensor([4, 2, 4, 1]), torch.tensor([30, 10, 40, 20])),
     }
+
+
+def test_bits_count_tokens_and_where_lengths_differ_the_lengths() -> None:
+    study = replace(made_up(), bits_per_token=10.0)
+    bits = {name: numbers["bits"] for name, numbers in study.systems().items()}
+    assert bits == pytest.approx({"full": 40, "adaptive": 27.5 + math.log2(3)})
+    alike = replace(made_up(lengths=(2, 2, 2, 2)), bits_per_token=10.0)
+    assert alike.systems()["adaptive"]["bits"] == 20
+    assert [numbers["bits"] for numbers in made_up().systems().values()] == [None, None]
+    psnr = -10 * (torch.tensor([0.02, 0.15, 1e-10, 0.1]).double().log10()).mean().item()
+    assert study.systems()["adaptive"]["psnr"] == pytest.approx(psnr)
+
+
+def test_choices_by_kind_are_means_over_its_images() -> None:
+    study = replace(made_up(), kinds=("10 digits", "2 digits", "10 digits", "2 digits"))
+    assert list(study.by_kind()) == ["2 digits", "10 digits"] and made_up().by_kind() == {}
+    assert study.by_kind()["10 digits"] == pytest.approx({"count": 2, "length": 4, "reward": -0.41, "mse": 0.01})
+    assert study.by_kind()["2 digits"] == pytest.approx({"count": 2, "length": 1.5, "reward": -0.275, "mse": 0.125})
 
 
 def test_shuffled_is_the_mean_over_all_permutations() -> None:

@@ -16,6 +16,7 @@ from framework.evaluation.rate_distortion import (
     few_lengths,
     mean_intervals,
     rate_distortion,
+    rows_by_kind,
     validation_errors,
 )
 from framework.tokenizers.interface import Contract
@@ -166,6 +167,43 @@ def test_save_writes_strict_json_and_one_csv_row_per_image(tmp_path: Path) -> No
         ["image,0", "g", "0.5", "0.0"],
         ["image,1", "g", "0.25", "0.125"],
     ]
+
+
+def test_kinds_are_collected_named_per_image_and_averaged(tmp_path: Path) -> None:
+    kinds = ["10 digits", "2 digits", "2 digits", "10 digits", "1 digit", "2 digits"]
+    images = FixedImages(grey_images().images, GROUPS, kinds)
+    result = rate_distortion(pixel_tokenizer(), images, [1, 4], batch_size=4)
+    assert result.kinds == tuple(kinds)
+    assert rows_by_kind(result.kinds) == {"1 digit": [4], "2 digits": [1, 2, 5], "10 digits": [0, 3]}
+    found = result.by_kind()
+    assert list(found) == ["1 digit", "2 digits", "10 digits"]
+    assert [found[kind]["count"] for kind in found] == [1, 3, 2]
+    first, last = found["2 digits"]["per_length"]
+    assert first == {"length": 1, "mse": pytest.approx(0.75 * (0.16 + 0.36) / 3)} and last["length"] == 4
+    result.save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "per_image.csv").open()))
+    assert list(rows[0]) == ["key", "group", "kind", "mse@1", "mse@4"] and [row["kind"] for row in rows] == kinds
+
+    plain = rate_distortion(pixel_tokenizer(), grey_images(), [1, 4])
+    assert plain.kinds is None and plain.by_kind() == {} == rows_by_kind(None)
+
+
+@pytest.mark.parametrize(
+    ("means", "length"),
+    [
+        ((0.9, 0.5, 0.2, 0.1), 8),
+        ((0.9, 0.5, 0.1009, 0.1), 4),
+        ((0.9, 0.5, 0.1011, 0.1), 8),
+        ((0.9, 0.05, 0.2, 0.1), 2),  # more tokens make it worse
+        ((0.1, 0.1, 0.1, 0.1), 1),
+    ],
+)
+def test_the_idle_tail_starts_behind_the_shortest_length_that_is_as_good(means: tuple[float, ...], length: int) -> None:
+    errors = torch.tensor(means).expand(3, 4)
+    assert curve(errors, (1, 2, 4, 8)).idle_tail(8) == {
+        "length": length, "tokens": 8 - length, "tolerance": 0.01, "measured": [1, 2, 4, 8],
+    }  # fmt: skip
+    assert curve(errors, (1, 2, 4, 8)).idle_tail(16) is None  # all tokens were not measured
 
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from framework.data.stream import subset
 from framework.evaluation import report
 from framework.evaluation.image_metrics import squared_error
 from framework.evaluation.pca import PrincipalComponents
@@ -16,7 +17,8 @@ from framework.evaluation.plots import plot_rate_distortion, plot_tiled_photogra
 from framework.evaluation.rate_distortion import RateDistortion, rate_distortion
 from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer, spread_images
 from framework.tokenizers.tokenizer import Tokenizer
-from tests.evaluation.fakes import FixedImages, basis_tokenizer, orthonormal
+from tests.evaluation.fakes import FixedImages, SignQuantizer, basis_tokenizer, orthonormal
+from tests.tokenizers.build import small_tokenizer
 
 
 def smooth_images(count: int, seed: int) -> torch.Tensor:
@@ -31,6 +33,11 @@ def data(count: int = 24) -> FixedImages:
 
 def tokenizer() -> Tokenizer:
     return basis_tokenizer(torch.full((192,), 0.5), orthonormal(192, 64, seed=0), token_dim=8)
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for plot in ("plot_rate_distortion", "plot_reconstructions", "plot_tiled_photograph"):
+        monkeypatch.setattr(report, plot, lambda *arguments: None)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -66,11 +73,69 @@ def test_evaluation_leaves_numbers_and_pictures(tmp_path: Path) -> None:
     table = (folder / "table.md").read_text().splitlines()
     assert len(table) == 2 + 5 + 2  # header, rule, lengths 1 2 4 6 8, blank, note
     assert table[2].startswith("| 1 | ") and table[2].endswith(f" {1000 * expected[0]:.3g} |")
+    assert metrics["idle_tail"]["tokens"] == 0 and not {"codebook", "kinds"} & set(metrics)
+
+
+def test_a_discrete_tokenizer_also_tells_of_bits_and_its_codebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pictures(monkeypatch)
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    held_out = FixedImages(images, ["a", "b", "c"] * 4, ["noise", "more noise"] * 6)
+    coding = small_tokenizer(quantizer=SignQuantizer(5)).eval()
+    metrics: dict[str, Any] = evaluate_tokenizer(coding, held_out, tmp_path, {}, held_out, limit=8)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    codes = coding.encode(held_out.fetch(subset(12, 8), 0).images).codes
+    assert codes is not None
+    codebook = metrics["codebook"]
+    assert (codebook["vocabulary"], codebook["bits_per_token"], codebook["tokens"]) == (32, 5, 48)
+    assert codebook["dead_codes"] == 32 - len(codes.unique())
+    assert codebook["per_position"]["usage"] == [len(column.unique()) / 32 for column in codes.T]
+    assert set(codebook["definitions"]) >= set(codebook) - {"definitions", "vocabulary", "bits_per_token", "dead_codes"}
+
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:6]] == ["5.0", "10.0", "20.0", "30.0"]
+    perplexities = codebook["per_position"]["perplexity"]
+    ends = (min(perplexities), max(perplexities))
+    low, high = (f"{value:.4g} at token {perplexities.index(value) + 1}" for value in ends)
+    told = f", dead codes {codebook['dead_codes']}. By position, the lowest perplexity is {low}, the highest {high}."
+    assert told in table
+    assert "48 in all (of 16,000 wanted), 8 at each position (of 320 wanted)" in table
+    assert metrics["pca_note"].endswith("32 codes, 5 bits, while PCA's 5 floats for it are not coded.")
+    assert len(metrics["kinds"]) == 2
+    for kind, numbers in metrics["kinds"].items():
+        errors = (f"{1000 * row['mse']:.3g}" for row in numbers["per_length"])
+        assert f"| {kind} | {numbers['count']} | {' | '.join(errors)} |\n" in table
+    assert pixels(tmp_path / "codebook.png").std() > 10
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ((1, 2, 3, 4), "that of all 4 tokens: the last 2 do nearly nothing for it.\n"),
+        ((2, 4), "the last 2 do nearly nothing for it (no length between 0 and 2 was measured).\n"),
+        ((1, 4), None),
+    ],
+)
+def test_tokens_that_do_nothing_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], told: str | None
+) -> None:
+    without_pictures(monkeypatch)
+    images = torch.full((6, 192), 0.3)
+    images[:, :48] = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
+    images[:, 48:96] = 0.5  # the last two of four tokens have nothing to tell
+    held_out = FixedImages(images.reshape(6, 3, 8, 8), ["a"] * 6)
+    half = basis_tokenizer(torch.full((192,), 0.5), torch.eye(192)[:, :96], token_dim=24)
+    evaluate_tokenizer(half, held_out, tmp_path, {}, lengths=lengths)
+    table = (tmp_path / "table.md").read_text()
+    assert ("do nearly nothing" in table) == (told is not None)
+    if told is not None:
+        assert "Of the measured lengths, 2 is the shortest whose mean MSE is at most 1% above " in table
+        assert table.endswith(told) and ("at least" in table) == (lengths == (2, 4))
 
 
 def test_missing_baselines_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for plot in ("plot_rate_distortion", "plot_reconstructions", "plot_tiled_photograph"):
-        monkeypatch.setattr(report, plot, lambda *arguments: None)
+    without_pictures(monkeypatch)
     metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, lengths=[8])
     assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: no training images."
     large = FixedImages(torch.rand(3, 3, 40, 40), ["a", "b", "c"])

@@ -25,15 +25,19 @@ def handed_over(mode: DropMode, lengths: Tensor = LENGTHS) -> tuple[DropStrategy
     """The strategy, and what it has its decoder decode, call by call."""
     embedded: list[Tensor] = []
     masks: list[Tensor | None] = []
+    kept: list[Tensor] = []
 
-    def decode(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def decode(tokens: Tensor, mask: Tensor | None, lengths: Tensor) -> Tensor:
         embedded.append(tokens)
         masks.append(mask)
+        kept.append(lengths)
+        assert len(lengths) == len(tokens)
         return tokens[:, 0]
 
     strategy = DROP_MODES[mode](token_dim=2, num_tokens=4, width=2)
     values = strategy(Tokens(LATENTS, lengths), embed, decode)
     assert torch.equal(values, embed(LATENTS)[:, 0])  # whatever the calls, rows come back in their order
+    assert torch.equal(torch.cat(kept), lengths if len(kept) == 1 else lengths.sort().values)
     return strategy, embedded, masks
 
 

@@ -10,6 +10,7 @@ from einops import reduce
 
 from framework.nn.transformer import BlockOptions
 from framework.tokenizers.decoders.dropping import DROP_MODES
+from framework.tokenizers.decoders.multi_head_lora import MultiHeadLoRA
 from framework.tokenizers.interface import DECODERS, ENCODERS, HEADS, SPACES, Head
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
@@ -26,7 +27,10 @@ ENCODER_ARGUMENTS: dict[str, list[dict[str, object]]] = {
     "PatchEncoder": [{}, {"blocks": ROTARY}],
 }
 HEAD_ARGUMENTS = {"PixelShuffleHead": [{}, {"refine_channels": 4}]}
-DECODER_ARGUMENTS = {"MaskTokenViT": [{"drop_mode": mode} for mode in DROP_MODES]}
+LORA: dict[str, object] = {"lora": MultiHeadLoRA(ranges=[2, 5, 6], rank=2)}
+DECODER_ARGUMENTS: dict[str, list[dict[str, object]]] = {
+    "MaskTokenViT": [{"drop_mode": mode} | lora for mode in DROP_MODES for lora in ({}, LORA)]
+}
 
 
 def variants() -> list[tuple[str, dict[str, object]]]:
@@ -35,7 +39,9 @@ def variants() -> list[tuple[str, dict[str, object]]]:
         for number, a in enumerate(ENCODER_ARGUMENTS.get(name, [{}])):
             cases.append((f"{name}-{number}", {"encoder_name": name, "encoder": a}))
     for name, _ in DECODERS:
-        cases += [(f"{name}-{a}", {"decoder": a}) for a in DECODER_ARGUMENTS.get(name, [{}])]
+        for a in DECODER_ARGUMENTS.get(name, [{}]):
+            words = "-".join(value if isinstance(value, str) else key for key, value in a.items())
+            cases.append((f"{name}-{words}", {"decoder": a}))
     for name, head in HEADS:
         cases += [(f"{name}-{a}", {"decoder": {"head": partial(head, **a)}}) for a in HEAD_ARGUMENTS.get(name, [{}])]
     return cases
@@ -145,11 +151,12 @@ def check_places(made: Head) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["plain", "lora"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_removing_equals_key_padding(seed: int) -> None:
+def test_removing_equals_key_padding(seed: int, lora: dict[str, object]) -> None:
     results = []
     for mode in ("key_padding", "remove"):
-        tokenizer = small_tokenizer(seed=seed, decoder={"drop_mode": mode, "depth": 2}).eval()
+        tokenizer = small_tokenizer(seed=seed, decoder={"drop_mode": mode, "depth": 2} | lora).eval()
         results.append(tokenizer.decode(tokenizer.encode(IMAGES, LENGTHS)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 

@@ -21,7 +21,7 @@ from framework.tokens import Tokens
 
 DropMode = Literal["key_padding", "remove", "mask_token", "null_token", "zero"]
 Embed = Callable[[Tensor], Tensor]
-Decode = Callable[[Tensor, Tensor | None], Tensor]
+Decode = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 class DropStrategy(nn.Module, ABC):
@@ -45,7 +45,7 @@ class DropStrategy(nn.Module, ABC):
             tokens: of n positions or fewer.
             embed: from latents ``(b, m, d)`` to the decoder's width, ``(b, m, w)``, positions added.
             decode: from embedded tokens ``(b, m, w)`` to values, attending where a bool mask ``(b, m)`` is True, or
-                everywhere with ``None``.
+                everywhere with ``None``; last come the rows' kept lengths ``(b,)``.
         """
 
     def padded(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,9 @@ class KeyPadding(DropStrategy):
         shortest, longest = torch.stack([tokens.lengths.amin(), tokens.lengths.amax()]).tolist()
         tokens = tokens.truncate(longest)
         if shortest == longest:
-            return decode(embed(tokens.latents), None)
+            return decode(embed(tokens.latents), None, tokens.lengths)
         # Weight 0 times a NaN or infinity is NaN, so dropped tokens are zeroed besides being masked.
-        return decode(embed(zeroed(tokens)), tokens.mask)
+        return decode(embed(zeroed(tokens)), tokens.mask, tokens.lengths)
 
 
 class Remove(DropStrategy):
@@ -80,7 +80,7 @@ class Remove(DropStrategy):
         parts, rows = [], []
         for length in tokens.lengths.unique().tolist():
             chosen = (tokens.lengths == length).nonzero()[:, 0]
-            parts.append(decode(embed(tokens.latents[chosen, :length]), None))
+            parts.append(decode(embed(tokens.latents[chosen, :length]), None, tokens.lengths[chosen]))
             rows.append(chosen)
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
@@ -98,7 +98,7 @@ class MaskToken(DropStrategy):
 
     def forward(self, tokens: Tokens, embed: Embed, decode: Decode) -> Tensor:
         latents, mask = self.padded(tokens)
-        return decode(torch.where(mask, embed(latents), self.dropped_token), None)
+        return decode(torch.where(mask, embed(latents), self.dropped_token), None, tokens.lengths)
 
 
 class NullToken(DropStrategy):
@@ -111,14 +111,14 @@ class NullToken(DropStrategy):
 
     def forward(self, tokens: Tokens, embed: Embed, decode: Decode) -> Tensor:
         latents, mask = self.padded(tokens)
-        return decode(embed(torch.where(mask, latents, self.null_tokens)), None)
+        return decode(embed(torch.where(mask, latents, self.null_tokens)), None, tokens.lengths)
 
 
 class Zero(DropStrategy):
     """Dropped tokens become zeros and are embedded and positioned like any token (ElasticTok)."""
 
     def forward(self, tokens: Tokens, embed: Embed, decode: Decode) -> Tensor:
-        return decode(embed(self.padded(tokens)[0]), None)
+        return decode(embed(self.padded(tokens)[0]), None, tokens.lengths)
 
 
 DROP_MODES: dict[DropMode, type[DropStrategy]] = {
