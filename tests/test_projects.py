@@ -25,6 +25,7 @@ RUNS = sorted(
     if "run" in yaml.safe_load(path.read_text())
 )
 GRIDS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "projects").glob("*/ablations/*.yaml"))
+FEW = {"Photos": ["data.train.num_crops=200"], "DigitScenes": ["data.train.num_images=200"]}
 TITOK = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 
 
@@ -34,8 +35,7 @@ def prepared(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Config
     for variable in {variable for run in RUNS for variable in re.findall(r"\$env:(\w+)", (ROOT / run).read_text())}:
         monkeypatch.setenv(variable, str(folder))
     config = load_config(ROOT / name)
-    few = config.tree["data"]["train"]["name"] == "Photos"
-    return load_config(ROOT / name, ["data.train.num_crops=200"] if few else [])
+    return load_config(ROOT / name, FEW.get(config.tree["data"]["train"]["name"], []))
 
 
 def test_runs_are_found() -> None:
@@ -73,7 +73,8 @@ def test_grids_are_found() -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_cell_of_a_grid_fits_together(name: str) -> None:
-    grid, cells = load_grid(ROOT / name, ["data.train.num_crops=200"])
+    start = load_config((ROOT / name).parent / yaml.safe_load((ROOT / name).read_text())["config"])
+    grid, cells = load_grid(ROOT / name, FEW[start.tree["data"]["train"]["name"]])
     assert len(cells) == len(grid.seeds) * len({cell.labels for cell in cells}) > 1
     for cell in cells[: len(cells) // len(grid.seeds)]:
         assert str(cell.folder) in runs.dry_run(cell.config)
