@@ -76,6 +76,24 @@ def test_compiled_steps_run(tmp_path: Path, quick_report: None) -> None:
     assert all(line["tokenizer/loss"] > 0 for line in losses if "tokenizer/loss" in line)
 
 
+@pytest.mark.parametrize(
+    "quantizer", ["VectorQuantizer, num_codes: 16, dim: 4", "FiniteScalarQuantizer", "LookupFreeQuantizer"]
+)
+def test_discrete_tokens_with_adapters_train(tmp_path: Path, quick_report: None, quantizer: str) -> None:
+    options = [f"tokenizer.quantizer={{name: {quantizer}}}", "tokenizer.decoder.lora={ranges: 2, rank: 2}"]
+    options += [f"run.device={DEVICE}", "train.precision=bfloat16", "train.recompute=true"]
+    assert train_tiny(tmp_path / "run", *options)[0] == ("finished", 6)
+    tokenizer = framework.load(tmp_path / "run").to(DEVICE)
+    assert isinstance(tokenizer, Tokenizer)
+    tokens = tokenizer.encode(torch.rand(3, 3, 16, 16, device=DEVICE), length=[2, 9, 16])
+    assert tokens.codes is not None and tokens.codes.device.type == DEVICE
+    assert torch.equal(tokenizer.codes_to_tokens(tokens.codes, tokens.lengths).latents, tokens.latents)
+    short = tokenizer.merged(2)
+    expected = tokenizer.decode(tokens.with_lengths(torch.full_like(tokens.lengths, 2)))
+    found = short.decode(tokens.with_lengths(torch.full_like(tokens.lengths, 2)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("distortions", ["table", "online"])
 @pytest.mark.parametrize("config", ["ata", "ata_grpo"])
 def test_a_policy_trains(config: str, distortions: str, tiny_run: Path, tmp_path: Path) -> None:

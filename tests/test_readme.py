@@ -32,7 +32,11 @@ COMMANDS = [
     for line in text.replace("\\\n", " ").splitlines()
     if "python tools/" in line
 ]
-PYTHON = ('load("runs/adatok/ntm")', 'load("runs/adatok/ata")', "# my_parts.py", "# my_allocation.py", "fit()")
+PYTHON = (
+    'load("runs/adatok/ntm")', 'load("runs/adatok/ata")', 'load("runs/adatok/discrete/ata_grpo")', "# my_parts.py",
+    "# my_allocation.py", "fit()",
+)  # fmt: skip
+FEW_SCENES = [f"data.{split}.num_images=40" for split in ("train", "validation", "test")]
 
 
 def python_block(*, holding: str) -> str:
@@ -101,6 +105,23 @@ def test_other_commands_work(
     only = ["--dry-run"] if name == "ablate" else []  # tests/test_ablation.py trains
     assert run_tool(monkeypatch, name, *arguments, *only) == 0, capsys.readouterr().err
     assert len(capsys.readouterr().out) > 50
+
+
+def test_the_three_stages_of_discrete_tokens(
+    elsewhere: Path, quick_report: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = [change for change in TINY if not change.startswith("data.")] + FEW_SCENES
+    stages = [command for command in COMMANDS if "projects/adatok/discrete/" in command]
+    for command in stages:
+        name, arguments = arguments_of(command)
+        assert run_tool(monkeypatch, name, *arguments, *smaller) == 0, capsys.readouterr().err
+    found: dict[str, Any] = {}
+    exec(python_block(holding="discrete/ata_grpo"), found)
+    tokens, rebuilt = found["tokens"], found["rebuilt"]
+    assert tokens.codes.shape == (2, 16) and tokens.codes.max() < 240 and rebuilt.shape == (2, 3, 32, 32)
+    assert torch.equal(rebuilt, found["adaptive"].decode(tokens))
+    last = framework.load("runs/adatok/discrete/adaptive")
+    assert torch.equal(last.encode(torch.rand(2, 3, 32, 32), [2, 3]).lengths, torch.tensor([2, 3]))
 
 
 def test_a_part_of_ones_own_trains(

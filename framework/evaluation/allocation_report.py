@@ -183,7 +183,7 @@ def _systems(metrics: Mapping[str, Any]) -> str:
     rows = [["", "tokens", "bits per image", "MSE x 1000", "PSNR, dB", *RATES]]
     full, adaptive = metrics["systems"]["full"], metrics["systems"]["adaptive"]
     every = full["length"] == metrics["allocation"]["protocol"]["num_tokens"]
-    for name, numbers in {"full length" if every else "longest budget": full, "adaptive": adaptive}.items():
+    for name, numbers in {"Full" if every else "longest budget": full, "Adaptive": adaptive}.items():
         tokens, _, mse = _means(numbers)
         rates = (f"{share:.0%}" for share in numbers["rqpr"].values())
         rows.append([name, tokens, _bits(numbers), mse, f"{numbers['psnr']:.2f}", *rates])

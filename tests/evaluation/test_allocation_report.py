@@ -87,8 +87,8 @@ def test_evaluation_leaves_numbers_and_pictures(tmp_path: Path) -> None:
 
     table = (tmp_path / "new/table.md").read_text()
     lines = table.splitlines()
-    assert lines[2].startswith("| full length | 6.00 ± 0.00 | continuous | ")
-    assert lines[3].startswith("| adaptive | ") and " | continuous | " in lines[3]
+    assert lines[2].startswith("| Full | 6.00 ± 0.00 | continuous | ")
+    assert lines[3].startswith("| Adaptive | ") and " | continuous | " in lines[3]
     assert [line.split(" | ")[0] for line in lines[7:15]] == [
         f"| {name.replace('_', ' ')}" for name in study["policies"]
     ]
@@ -148,8 +148,8 @@ def test_a_discrete_model_has_two_rows_with_bits_and_a_row_for_each_kind(
         for metric in ("length", "reward", "mse"):
             assert numbers[metric] == pytest.approx(sum(float(row[metric]) for row in own) / 8)
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert table[2].split(" | ")[:3] == ["| full length", "6.00 ± 0.00", "18.0"]
-    assert table[3].split(" | ")[:3] == ["| adaptive", f"{adaptive['length']:.2f} ± {lengths.std(correction=0):.2f}",
+    assert table[2].split(" | ")[:3] == ["| Full", "6.00 ± 0.00", "18.0"]
+    assert table[3].split(" | ")[:3] == ["| Adaptive", f"{adaptive['length']:.2f} ± {lengths.std(correction=0):.2f}",
                                          f"{adaptive['bits']:.1f}"]  # fmt: skip
     assert "| noisy | 8 | 6.00 | " in "\n".join(table)
     # A second row of panels.

@@ -38,8 +38,8 @@ def test_a_collapse_is_told_after_the_first_steps_only() -> None:
     assert after([[3]] * 99, 20).alarm() is None
     assert after([list(range(20))] * 150, 20).alarm() is None
     alarm = after([[3]] * 101, 20).alarm()
-    assert alarm == (
-        "the codebook has collapsed: tokens use it as if it had 1.0 of its 20 codes, and 19 are dead"
+    assert alarm is not None and alarm.startswith(
+        "the codebook has collapsed: tokens use it as if it had 1.0 of its 20 codes, and 19 are dead. If it does not"
     )
 
 
