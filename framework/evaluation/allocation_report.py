@@ -161,7 +161,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
     with_error, with_bytes = (_text(correlation, ".2f") for correlation in summary["rank_correlation"].values())
     hard = f" ({summary['unimodal_hard']:.1%} with tau 0)" if "unimodal_hard" in summary else ""
     lines = [
-        "Means over images ± standard deviations; differences with 95% intervals over photographs, then their crops.",
+        "Means over images ± standard deviations; differences with 95% intervals over groups, then the images of each.",
         f"The policy recovers {at_mean} of the oracle's gain in reward over the fixed length at its mean, and "
         f"{best_fixed} of that over the best fixed length.",
         f"Rank correlation of its lengths with the error at the shortest: {with_error}; with PNG bytes: {with_bytes}.",

@@ -77,7 +77,7 @@ class CodeUsage(LearnsBetweenSteps):
             return None
         return (
             f"the codebook has collapsed: tokens use it as if it had {numbers['perplexity']:.1f} of its "
-            f"{self.vocabulary} codes, and {numbers['dead_codes']:.0f} are dead. If it does not recover: fewer codes, a "
-            "lower learning rate, or a quantizer that sees to it (FiniteScalarQuantizer with bound erf, VectorQuantizer "
-            "with standardize and restart_dead)"
+            f"{self.vocabulary} codes, and {numbers['dead_codes']:.0f} are dead. If it does not recover: fewer codes, "
+            "a lower learning rate, or a quantizer that sees to it (FiniteScalarQuantizer with bound erf, "
+            "VectorQuantizer with standardize and restart_dead)"
         )
