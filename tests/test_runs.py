@@ -143,6 +143,21 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_run: Path, tmp_path: Path
     assert whole["timing.jsonl"] != parts["timing.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "quantizer", ["VectorQuantizer, num_codes: 16, dim: 4, warmup_steps: 4", "FiniteScalarQuantizer, levels: [4, 3]"]
+)
+def test_what_is_learned_between_steps_goes_on(quantizer: str, tmp_path: Path, quick_report: None) -> None:
+    options = [f"tokenizer.quantizer={{name: {quantizer}}}", "tokenizer.decoder.lora={ranges: 2, rank: 2}"]
+    stopped_run(tmp_path / "parts", *options)
+    for folder in ("parts", "whole"):
+        assert train_tiny(tmp_path / folder, *options)[0] == ("finished", 6)
+    whole, parts = (files_of(tmp_path / folder) for folder in ("whole", "parts"))
+    names = [f"checkpoints/step_00000006/{name}.safetensors" for name in ("model", "ema")] + ["metrics.jsonl"]
+    assert [name for name in names if whole[name] != parts[name]] == []
+    steps = load_file(tmp_path / "parts" / names[0])["tokenizer.quantizer.usage.steps"].item()
+    assert steps == (2 if "Vector" in quantizer else 6)  # codes are not counted before they are placed
+
+
 def test_evaluating_a_stopped_run_does_not_finish_it(tmp_path: Path, quick_report: None) -> None:
     stopped_run(tmp_path / "run")
     runs.evaluate(tmp_path / "run", lambda text: None)
