@@ -17,10 +17,16 @@ import framework.data.shards
 import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers
+import framework.losses.discriminators
+import framework.losses.extractors.classifiers
+import framework.losses.extractors.lpips
+import framework.losses.perceptual
 import framework.losses.reconstruction
 import framework.tasks.fine_tune_decoder
 import framework.tasks.train_allocation
 import framework.tasks.train_tokenizer
+import framework.tokenizers.autoencoders.autoencoder_kl
+import framework.tokenizers.autoencoders.vqgan
 import framework.tokenizers.decoders.mask_token_vit
 import framework.tokenizers.encoders.patch_encoder
 import framework.tokenizers.encoders.suffix_token_vit

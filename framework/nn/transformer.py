@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +31,9 @@ class BlockOptions:
         bias: whether linear layers have biases.
         qk_norm: normalise queries and keys of each head to unit root mean square, which bounds the scores.
         rope_base: rotary positions along the sequence with this base; ``null`` for none.
+        input_norm: normalise before the first block too, as TiTok does, whose released weights need it.
+        registers: learned vectors that go through the blocks behind the sequence and are then thrown away (Darcet et
+            al. 2024). All positions see them. TiTok's class token, which its encoder and decoder each have, is one.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class BlockOptions:
         bias: bool = True,
         qk_norm: bool = False,
         rope_base: float | None = None,
+        input_norm: bool = False,
+        registers: int = 0,
     ) -> None:
         self.norm = norm
         self.mlp = mlp
@@ -48,6 +53,8 @@ class BlockOptions:
         self.bias = bias
         self.qk_norm = qk_norm
         self.rope_base = rope_base
+        self.input_norm = input_norm
+        self.registers = registers
 
 
 class Linear(nn.Linear):
@@ -160,8 +167,10 @@ class Transformer(nn.Module):
     def __init__(self, width: int, depth: int, num_heads: int, options: BlockOptions) -> None:
         super().__init__()
         self.recompute = False
+        self.input_norm = make_norm(options.norm, width) if options.input_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(width, num_heads, options) for _ in range(depth))
         self.norm = make_norm(options.norm, width)
+        self.registers = nn.Parameter(torch.randn(options.registers, width)) if options.registers else None
 
     def forward(self, x: Tensor, bias: Tensor | None = None, route: Tensor | None = None) -> Tensor:
         """Run the blocks.
@@ -171,12 +180,25 @@ class Transformer(nn.Module):
             bias: added to attention scores, broadcastable to ``(b, h, n, n)``; see ``nn.attention.mask_to_bias``.
             route: ``(b,)`` int64, which head of its adapter each sample takes, in the layers that have one.
         """
+        length = x.shape[1]
+        if self.registers is not None:
+            x = torch.cat([x, repeat(self.registers, "r d -> b r d", b=len(x))], dim=1)
+            bias = None if bias is None else _bias_with_registers(bias, len(self.registers))
+        x = self.input_norm(x)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, bias, route, use_reentrant=False)
             else:
                 x = block(x, bias, route)
-        return self.norm(x)
+        return self.norm(x[:, :length])
+
+
+def _bias_with_registers(bias: Tensor, count: int) -> Tensor:
+    """Everyone sees registers; these see only what all others see, or they would carry what a mask hides."""
+    bias = F.pad(bias, (0, count))
+    if bias.shape[-2] == 1:
+        return bias
+    return torch.cat([bias, bias.amin(dim=-2, keepdim=True).expand(*bias.shape[:-2], count, -1)], dim=-2)
 
 
 def init_linear(module: nn.Module) -> None:

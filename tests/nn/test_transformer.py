@@ -15,6 +15,7 @@ SWITCHES = [
     BlockOptions(norm=norm, mlp=mlp, bias=bias)
     for norm, mlp, bias in product(("layer", "layer_noaffine", "rms"), ("gelu", "relu2", "swiglu"), (True, False))
 ] + [BlockOptions(qk_norm=True), BlockOptions(rope_base=100.0), BlockOptions(mlp_ratio=2.0)]
+SWITCHES += [BlockOptions(input_norm=True), BlockOptions(registers=2)]
 
 
 @pytest.mark.parametrize("options", SWITCHES, ids=lambda options: "-".join(map(str, vars(options).values())))
@@ -29,7 +30,7 @@ def test_every_switch_trains_and_changes_the_function(options: BlockOptions) -> 
     torch.manual_seed(0)
     plain = stirred(Transformer(16, 2, 2, BlockOptions(norm="layer", mlp="gelu", mlp_ratio=4.0, bias=options.bias)))
     is_plain = (options.norm, options.mlp, options.mlp_ratio) == ("layer", "gelu", 4.0)
-    is_plain = is_plain and not options.qk_norm and options.rope_base is None
+    is_plain = is_plain and not (options.qk_norm or options.rope_base or options.input_norm or options.registers)
     names = [name for name, _ in model.named_parameters()]
     differs = names != [n for n, _ in plain.named_parameters()] or not torch.allclose(plain(x), y, atol=1e-4)
     assert differs != is_plain
@@ -98,3 +99,25 @@ def test_a_route_reaches_the_adapters_of_each_sample() -> None:
     model.norm = nn.Identity()
     difference = model(x, route=route) - model(x)
     torch.testing.assert_close(difference, route[:, None, None].expand(3, 4, 8).float(), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["none", "keys", "square"])
+def test_registers_are_more_positions_that_carry_nothing_hidden(given: str) -> None:
+    model = stirred(Transformer(16, 3, 2, BlockOptions(input_norm=True, registers=2)))
+    x = torch.randn(2, 5, 16)
+    hidden = torch.zeros(2, 1, 1, 5, dtype=torch.bool) if given == "keys" else torch.zeros(5, 5, dtype=torch.bool)
+    hidden[..., 3:] = True
+    hidden[..., 3:, 3:] = given == "keys"  # in the square, the last two see each other
+    bias = None if given == "none" else torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    y = model(x, bias)
+    assert model.registers is not None
+    plain = Transformer(16, 3, 2, BlockOptions(input_norm=True))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "registers"})
+    longer = torch.cat([x, model.registers.expand(2, 2, 16)], dim=1)
+    if given == "none":
+        torch.testing.assert_close(y, plain(longer)[:, :5])
+    assert not torch.allclose(y, plain(x, bias), atol=1e-3)
+    changed = x.clone()
+    changed[:, 3:] = torch.randn(2, 2, 16)
+    assert torch.equal(model(changed, bias)[:, :3], y[:, :3]) == (given != "none")

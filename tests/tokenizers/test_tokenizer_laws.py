@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,27 @@ IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 # What each registered part needs beside its defaults to be built small; a newcomer without an entry takes its defaults.
 ROTARY = BlockOptions(norm="rms", mlp="swiglu", bias=False, rope_base=1e4)
 ENCODER_ARGUMENTS: dict[str, list[dict[str, object]]] = {
-    "SuffixTokenViT": [{}, {"attention": "latents_causal"}],
+    "SuffixTokenViT": [
+        {},
+        {"attention": "latents_causal"},
+        {"readout": "interleaved"},
+        {"attention": "latents_causal", "blocks": BlockOptions(input_norm=True, registers=2)},
+    ],
     "PatchEncoder": [{}, {"blocks": ROTARY}],
 }
-HEAD_ARGUMENTS = {"PixelShuffleHead": [{}, {"refine_channels": 4}]}
+HEAD_ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "PixelShuffleHead": [{}, {"refine_channels": 4}, {"smooth": True}]
+}
+CONVOLUTIONAL = {"width": 32, "multipliers": (1, 2), "num_res_blocks": 1}
+SPACE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": CONVOLUTIONAL | {"attention_resolutions": (), "latent_channels": 4},
+    "TamingVQGAN": CONVOLUTIONAL | {"attention_resolutions": (), "num_codes": 20, "dim": 8},
+    "MaskGITVQGAN": CONVOLUTIONAL | {"num_codes": 20, "dim": 8},
+}
 LORA: dict[str, object] = {"lora": MultiHeadLoRA(ranges=[2, 5, 6], rank=2)}
 DECODER_ARGUMENTS: dict[str, list[dict[str, object]]] = {
     "MaskTokenViT": [{"drop_mode": mode} | lora for mode in DROP_MODES for lora in ({}, LORA)]
+    + [{"drop_mode": "key_padding", "blocks": BlockOptions(input_norm=True, registers=2)}]
 }
 
 
@@ -163,15 +178,34 @@ def test_removing_equals_key_padding(seed: int, lora: dict[str, object]) -> None
 
 @pytest.mark.parametrize("name", [name for name, _ in SPACES])
 def test_spaces_come_back(name: str) -> None:
-    space = SPACES.get(name)()
-    values = space.encode(IMAGES)
+    space = stirred(SPACES.get(name)(**SPACE_ARGUMENTS.get(name, {}))).eval()
+    with torch.no_grad():
+        values = space.encode(IMAGES)
     assert values.shape == (5, space.channels, 16 // space.downsampling, 16 // space.downsampling)
-    torch.testing.assert_close(space.decode(values), IMAGES, rtol=0, atol=1e-6)
+    assert values.dtype == torch.float32
+    values.requires_grad_()
+    rebuilt = space.decode(values)
+    assert rebuilt.shape == IMAGES.shape
+    rebuilt.square().sum().backward()
+    assert values.grad is not None and (values.grad.abs().amax(1) > 0).all()
+    if name not in SPACE_ARGUMENTS:  # with random weights, autoencoders lose the image
+        torch.testing.assert_close(rebuilt, IMAGES, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
-def test_latents_causal_tokens_ignore_later_queries() -> None:
-    tokenizer = small_tokenizer(encoder={"attention": "latents_causal", "depth": 2}).eval()
+@pytest.mark.parametrize("name", [name for name, _ in SPACES])
+def test_an_image_in_a_space_does_not_depend_on_its_batch(name: str) -> None:
+    space = stirred(SPACES.get(name)(**SPACE_ARGUMENTS.get(name, {}))).eval()
+    values = space.encode(IMAGES)
+    rebuilt = space.decode(values)
+    for alone, together in ((space.encode(IMAGES[2:3]), values[2:3]), (space.decode(values[2:3]), rebuilt[2:3])):
+        torch.testing.assert_close(alone, together, rtol=0, atol=1e-5 * float(together.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [BlockOptions(), BlockOptions(registers=2)], ids=["plain", "registers"])
+def test_latents_causal_tokens_ignore_later_queries(blocks: BlockOptions) -> None:
+    tokenizer = small_tokenizer(encoder={"attention": "latents_causal", "depth": 2, "blocks": blocks}).eval()
     before = tokenizer.encode(IMAGES).latents
     tokenizer.encoder.latent_tokens[3] = torch.randn(32)  # a constant would vanish in the layer norm
     after = tokenizer.encode(IMAGES).latents

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from framework.nn.attention import mask_to_bias
@@ -42,6 +42,9 @@ class SuffixTokenViT(Encoder):
         attention: ``full``, or ``latents_causal``, where patches do not see latents and a latent sees only earlier
             ones, so that a token cannot hold what later ones gathered (FlexTok, Semanticist).
         blocks: the blocks' switches.
+        readout: what a token is made of. ``own``: its latent's state. ``interleaved``: token i takes w / n channels of
+            every latent's state, the flat states' numbers i, i + n, i + 2n and so on. That is how TiTok (L-32, B-64,
+            S-128) and One-D-Piece, whose code reshapes without transposing, read them, and only for their weights.
         in_channels: channels of the input space.
         grid_size: rows and columns of the input space.
         out_dim: d.
@@ -61,6 +64,7 @@ class SuffixTokenViT(Encoder):
         num_heads: int = 8,
         attention: Literal["full", "latents_causal"] = "full",
         blocks: BlockOptions = BlockOptions(),  # noqa: B008 - read only
+        readout: Literal["own", "interleaved"] = "own",
         *,
         in_channels: int,
         grid_size: tuple[int, int],
@@ -72,6 +76,7 @@ class SuffixTokenViT(Encoder):
         self.positions = patch_grid(grid_size, patch_size)
         self.feature_dim = 3 * width
         self.attention = attention
+        self.readout = readout
         self.patch_embedding = nn.Linear(in_channels * patch_size**2, width)
         # Positions and queries start at unit scale: at 0.02 the model stays for hundreds of steps at the mean colour,
         # since it cannot tell its tokens apart.
@@ -95,6 +100,8 @@ class SuffixTokenViT(Encoder):
         features = torch.cat(
             [patch_states.mean(dim=1), patch_states.std(dim=1, correction=0), latent_states.mean(dim=1)], dim=1
         )
+        if self.readout == "interleaved":
+            latent_states = rearrange(latent_states.flatten(1), "b (w n) -> b n w", n=self.num_tokens)
         return Encoding(self.to_latents(latent_states), features)
 
     def resize(self, grid_size: tuple[int, int]) -> None:

