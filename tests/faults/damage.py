@@ -27,6 +27,16 @@ class RunsCode:
         return os.system, (f"touch {self.proof}",)
 
 
+def cut_within_line(number: int) -> Harm:
+    """Keep what stands before a line, counted from 1, and the first word of it but for its end."""
+
+    def harm(path: Path) -> None:
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[: number - 1]) + lines[number - 1].partition(":")[0][:-1])
+
+    return harm
+
+
 def truncate(share: float) -> Harm:
     """Keep the first part of a file, and never all of it."""
 
