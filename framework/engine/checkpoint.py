@@ -202,14 +202,15 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None] = warnings.warn)
     Raises:
         CheckpointError: if there are checkpoints and none is sound: to start anew is not for a program to decide.
     """
-    while found := checkpoint_folders(folder):
-        for checkpoint in sound_checkpoints(folder, warn):
-            return checkpoint
-        if all(path.exists() for path in found):
-            raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {folder} can be used (see the warnings before this); "
-                "restore one, or move the run directory aside to start anew"
-            )
+    for _ in range(3):  # while a run saves, a listing may miss both the checkpoint that goes and the one that comes
+        while found := checkpoint_folders(folder):
+            for checkpoint in sound_checkpoints(folder, warn):
+                return checkpoint
+            if all(path.exists() for path in found):
+                raise CheckpointError(
+                    f"none of the {len(found)} checkpoints in {folder} can be used (see the warnings before this); "
+                    "restore one, or move the run directory aside to start anew"
+                )
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 
 import framework
 from framework import runs
+from framework.engine import checkpoint
 from framework.engine.checkpoint import Checkpoint, CheckpointError, CheckpointStore, latest_checkpoint, read_checkpoint
 from framework.runtime import files
 from framework.runtime.lock import RunLock
@@ -149,3 +150,11 @@ def test_the_best_checkpoint_is_loaded_and_evaluated(tmp_path: Path, quick_repor
 def test_the_best_of_a_run_that_keeps_none_is_refused(tiny_run: Path) -> None:
     with pytest.raises(runs.RunError, match="keeps no best checkpoint: its configuration has no train.best"):
         framework.load(tiny_run, checkpoint="best")
+
+
+def test_a_listing_that_misses_all_checkpoints_is_made_again(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = iter([[]])
+    found = checkpoint.checkpoint_folders
+    monkeypatch.setattr(checkpoint, "checkpoint_folders", lambda folder: next(listed, None) or found(folder))
+    latest = checkpoint.latest_checkpoint(tiny_run / "checkpoints")
+    assert latest is not None and latest.step == 6
