@@ -194,8 +194,9 @@ class Trainer:
         timings["memory_mib"] = peak_memory_mib(self.device)
         self.records.write(Record(step, self.options.max_steps, values, timings))
         alarms = self.task.alarms()
-        for name in alarms.keys() - self._alarms:
-            self.records.say(f"step {step}: {alarms[name]}")
+        for name, text in alarms.items():
+            if name not in self._alarms:
+                self.records.say(f"step {step}: {text}")
         self._alarms = set(alarms)
 
     def _validate(self, step: int) -> None:

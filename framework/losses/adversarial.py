@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
 from framework.losses.discriminators import Discriminator
-from framework.nn.between_steps import LearnsBetweenSteps
+from framework.nn.between_steps import LearnsBetweenSteps, share_of_step
 
 DECAY = 0.99
 MAX_FACTOR = 1e4
@@ -54,8 +54,7 @@ class RunningMeans(LearnsBetweenSteps):
     def learn(self) -> None:
         count = self.pending[-1]
         self.steps += (count > 0).long()
-        # A plain mean over the first steps, so that the start is forgotten at once.
-        weight = torch.where(count > 0, (1 / self.steps.clamp(min=1)).clamp(min=1 - DECAY), 0)
+        weight = share_of_step(self.steps, count > 0, 1 - DECAY)
         self.values.lerp_(self.pending[:-1] / count.clamp(min=1), weight)
         self.pending.zero_()
 

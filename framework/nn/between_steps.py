@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,3 +27,16 @@ class LearnsBetweenSteps(nn.Module, ABC):
     @abstractmethod
     def learn(self) -> None:
         """Take in what was collected since the last call, and forget it; called once after each training step."""
+
+
+def share_of_step(steps: Tensor, seen: Tensor, least: float) -> Tensor:
+    """How much a step counts in a running mean: as much as each before it at first, and never less than ``least``.
+
+    So the start is forgotten at once, and after ``1 / least`` steps old ones fade.
+
+    Args:
+        steps: so many were taken in, this one included; int64.
+        seen: whether the step brought anything; where not it counts nothing. Bool, of the same shape.
+        least: 0.01 looks back about a hundred steps.
+    """
+    return torch.where(seen, (1 / steps.clamp(min=1)).clamp(min=least), 0)

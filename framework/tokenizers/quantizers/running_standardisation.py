@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.nn.between_steps import LearnsBetweenSteps
+from framework.nn.between_steps import LearnsBetweenSteps, share_of_step
 
 MOMENTUM = 0.03
 EPSILON = 1e-6
@@ -87,7 +87,7 @@ class RunningStandardisation(LearnsBetweenSteps):
         sums, squares, counts = self.pending
         seen = counts[:, :1] > 0
         self.steps += seen
-        weight = torch.where(seen, (1 / self.steps.clamp(min=1)).clamp(min=MOMENTUM), 0)
+        weight = share_of_step(self.steps, seen, MOMENTUM)
         counts = torch.where(seen, counts, 1)
         moved = sums / counts
         self.mean += weight * moved

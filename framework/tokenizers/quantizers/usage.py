@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.nn.between_steps import LearnsBetweenSteps
+from framework.nn.between_steps import LearnsBetweenSteps, share_of_step
 
 DECAY = 0.99
 DEAD_BELOW = 0.01
@@ -52,8 +52,7 @@ class CodeUsage(LearnsBetweenSteps):
     def learn(self) -> None:
         total = self.pending.sum()
         self.steps += (total > 0).long()
-        # A plain mean over the first steps, so that the start is forgotten at once.
-        weight = torch.where(total > 0, (1 / self.steps.clamp(min=1)).clamp(min=1 - DECAY), 0)
+        weight = share_of_step(self.steps, total > 0, 1 - DECAY)
         self.share.lerp_(self.pending / total.clamp(min=1), weight)
         self.pending.zero_()
 
