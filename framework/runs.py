@@ -135,7 +135,8 @@ def train(
             say(f"moved the older run to {run_directory.move_aside(folder)}")
     with run_directory.hold(folder, say):
         write_text(folder / "config.yaml", text)
-        run_directory.record_start(folder, {} if inheritance is None else {"init_from": inheritance.record})
+        more = {"precision": str(experiment.train.dtype(trainer.device))}
+        run_directory.record_start(folder, more | ({} if inheritance is None else {"init_from": inheritance.record}))
         _prepare(experiment)
         ranks.wait()  # the others find what was prepared
         outcome = trainer.fit()

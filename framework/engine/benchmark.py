@@ -149,6 +149,7 @@ class PlainLoop:
             raise ValueError(f"the plain loop takes one turn and one update a step, {type(task).__name__} {task.turns}")
         self.task, self.batches, self.options, self.device = task.to(device), batches, options, device
         self.turn = task.turns[0].name
+        self.dtype = options.dtype(device)
         self.generators = Generators(seed)
         named = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
@@ -166,7 +167,7 @@ class PlainLoop:
         batch = replace(batch, images=batch.images.to(self.device), labels=labels)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             output = self.task(batch, self.turn, Context(step, step / options.max_steps, self.generators))
         loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
@@ -250,7 +251,8 @@ def training_lines(
     yield from step_cost_lines(experiment, steps, ranks)
     if ranks.size == 1:
         times = compare_training(experiment, rounds, steps)
-        yield f"{experiment.train.precision}, {steps} steps of each loop a round"
+        dtype = str(experiment.train.dtype(experiment.run.torch_device())).removeprefix("torch.")
+        yield f"{dtype}, {steps} steps of each loop a round"
         yield times.table(steps * experiment.train.batch_size)
 
 

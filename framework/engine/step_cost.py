@@ -89,6 +89,7 @@ def step_cost_lines(experiment: Experiment, steps: int, ranks: Ranks) -> Iterato
     model = experiment.task.model
     if isinstance(model, Tokenizer):
         used = 6 * count_operations(model)["total"] * images / ranks.size
-        peak = peak_operations(device, getattr(torch, options.precision))
+        dtype = options.dtype(device)
+        peak = peak_operations(device, dtype)
         share = f"{used / peak:.1%} of the {peak:.3g} of a matrix product of side {SIDE}"
-        yield f"{used:.3g} operations/s a process at full length, {share} in {options.precision}"
+        yield f"{used:.3g} operations/s a process at full length, {share} in {str(dtype).removeprefix('torch.')}"

@@ -30,6 +30,7 @@ from framework.engine.meters import Means, Phase, Stopwatch
 from framework.engine.stop import StopFlag
 from framework.engine.training import Training
 from framework.engine.turns import TurnTraining, freeze, micro_batches, share_parameters
+from framework.runtime.precision import has_fast_bfloat16
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import Destination, Record, Records, peak_memory_mib, run_records
 from framework.runtime.rng import Generators, global_state, set_global_state
@@ -101,7 +102,7 @@ class Trainer:
             train_data, share * options.accumulate, seed, self.ranks.rank, self.ranks.size, num_workers
         )
         self.generators = Generators(seed, self.ranks.rank)
-        self.turns = make_turns(task, options, self.ranks)
+        self.turns = make_turns(task, options, self.ranks, self.device)
         decay = options.ema_decay
         self.average = None if decay is None else ExponentialMovingAverage(task.model, decay)
         self.frozen = frozen_digests(task)
@@ -134,6 +135,7 @@ class Trainer:
             CheckpointError: if there are checkpoints that this task cannot continue.
         """
         step = self._resume()
+        self._tell_precision()
         train_mode(self.task)
         self.stopwatch.start(step)
         try:
@@ -164,6 +166,16 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(live_state(self.task.model))
         return self._inheritance
+
+    def _tell_precision(self) -> None:
+        dtype = self.options.dtype(self.device)
+        if self.options.precision == "auto":
+            self.records.say(f"train.precision is auto: matrix products are in {str(dtype).removeprefix('torch.')}")
+        elif dtype == torch.bfloat16 and not has_fast_bfloat16(self.device):
+            self.records.say(
+                "train.precision is bfloat16, for which this machine has no instructions, so that it is many times "
+                "slower than float32: train.precision=auto takes what is fast"
+            )
 
     def _train(self, step: int) -> None:
         """One step: every due turn, then the moving average."""
@@ -315,7 +327,9 @@ class Trainer:
         return replace(batch, images=batch.images.to(self.device, non_blocking=True), labels=labels)
 
 
-def make_turns(task: Task, options: Training, ranks: Ranks | None = None) -> list[TurnTraining]:
+def make_turns(
+    task: Task, options: Training, ranks: Ranks | None = None, device: torch.device | None = None
+) -> list[TurnTraining]:
     """The task's turns, each with its parameters, optimizer and schedule.
 
     Raises:
@@ -339,7 +353,7 @@ def make_turns(task: Task, options: Training, ranks: Ranks | None = None) -> lis
             options.turn_optimizers.get(turn.name, options.optimizer)(parameters=shares[turn.name]),
             options.schedule(max_steps=options.max_steps),
             options.clip_norm,
-            autocast=options.precision == "bfloat16",
+            autocast=options.dtype(device or torch.device("cpu")) == torch.bfloat16,
             ranks=ranks or Ranks(),
         )
         for turn in task.turns
