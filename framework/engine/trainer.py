@@ -155,6 +155,10 @@ class Trainer:
             self.records.close()
         return Outcome("finished", step)
 
+    def train_on(self, data: ImageData) -> None:
+        """Train on as many images that were prepared for the task, in place of those that it was built with."""
+        self.stream.data = data
+
     def take_over(self) -> Inheritance | None:
         """Load the weights that ``train.init_from`` names, if it does; ``fit`` calls it where there is no checkpoint.
 
@@ -323,8 +327,12 @@ class Trainer:
         self.means.load_state_dict(state["means"])
 
     def _on_device(self, batch: Batch) -> Batch:
-        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        return replace(batch, images=batch.images.to(self.device, non_blocking=True), labels=labels)
+        moved = {
+            name: value.to(self.device, non_blocking=True)
+            for name, value in (("images", batch.images), ("labels", batch.labels), ("target", batch.target))
+            if value is not None
+        }
+        return replace(batch, **moved)
 
 
 def make_turns(

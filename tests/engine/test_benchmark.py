@@ -56,9 +56,9 @@ def experiment(folder: Path, **changes: Any) -> Experiment:
     return Experiment(
         RunOptions(str(folder / "run"), device="cpu"),
         partial(Data, 4, NoiseImages, NoiseImages, NoiseImages),
-        tokenizer,
         partial(TrainTokenizer, {"pixel": PixelLoss()}),
         training(**changes),
+        tokenizer,
     )
 
 

@@ -1,0 +1,18 @@
+"""The YAML node ``evaluation:``, what evaluations measure beside the squared error."""
+
+from __future__ import annotations
+
+from framework.losses.extractors.interface import Extractor
+from framework.losses.perceptual import PerceptualLoss
+
+
+class Evaluation:
+    """What to measure; it may change while a run goes on, and after it.
+
+    Args:
+        distances: extractors of perceptual distances by the name that metrics have, such as
+            ``{st_lpips: {name: STLPIPS}}``.
+    """
+
+    def __init__(self, distances: dict[str, Extractor] | None = None) -> None:
+        self.distances = {name: PerceptualLoss(extractor) for name, extractor in (distances or {}).items()}
