@@ -383,7 +383,7 @@ def _evaluate(
     task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
         histories = {str(folder): read_lines(folder / METRICS, "step")}
-        judges = experiment.judges()
+        judges, lengths = experiment.judges(), lengths or experiment.evaluation.lengths
         wanted = Report(getattr(data, split), data.train, out, record, lengths, limit, progress, histories, judges)
         task.report(wanted)
     _say_results(out, say)

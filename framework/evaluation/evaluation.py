@@ -12,7 +12,11 @@ class Evaluation:
     Args:
         distances: extractors of perceptual distances by the name that metrics have, such as
             ``{st_lpips: {name: STLPIPS}}``.
+        lengths: kept tokens to measure a tokenizer at, increasing; a spread of them unless given.
     """
 
-    def __init__(self, distances: dict[str, Extractor] | None = None) -> None:
+    def __init__(
+        self, distances: dict[str, Extractor] | None = None, lengths: tuple[int, ...] | None = None
+    ) -> None:
+        self.lengths = lengths
         self.distances = {name: PerceptualLoss(extractor) for name, extractor in (distances or {}).items()}
