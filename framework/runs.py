@@ -246,10 +246,10 @@ def compare(
     _use_threads(first)
     tasks = {str(folder): experiment.task for folder, experiment in experiments.items()}
     histories = {str(folder): read_lines(folder / METRICS, "step") for folder in folders}
+    train = first.data.train if first.evaluation.pca else None
     with torch.no_grad(), Stages() as progress:
-        wanted = Report(
-            getattr(first.data, split), first.data.train, out, {}, lengths, limit, progress, histories, first.judges()
-        )
+        data, judges = getattr(first.data, split), first.judges()
+        wanted = Report(data, train, out, {}, lengths, limit, progress, histories, judges)
         type(first.task).compare(tasks, wanted)
     say((out / "comparison.md").read_text().strip())
     say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
@@ -384,7 +384,8 @@ def _evaluate(
     with torch.no_grad(), Stages() as progress:
         histories = {str(folder): read_lines(folder / METRICS, "step")}
         judges, lengths = experiment.judges(), lengths or experiment.evaluation.lengths
-        wanted = Report(getattr(data, split), data.train, out, record, lengths, limit, progress, histories, judges)
+        train = data.train if experiment.evaluation.pca else None
+        wanted = Report(getattr(data, split), train, out, record, lengths, limit, progress, histories, judges)
         task.report(wanted)
     _say_results(out, say)
 

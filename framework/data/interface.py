@@ -42,6 +42,15 @@ class Batch:
     kinds: list[str] | None = None
     target: Tensor | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on a device."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, labels=moved(self.labels), target=moved(self.target))
+
     def select(self, rows: Sequence[int]) -> Batch:
         """The images at ``rows``, in that order."""
         numbers = torch.as_tensor(rows, dtype=torch.int64)

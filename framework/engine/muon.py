@@ -22,8 +22,8 @@ class Muon(torch.optim.Muon):
     """See the module."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Move every matrix that has a gradient; there is no closure."""
+    def step(self, closure: Any = None) -> Any:
+        """Move every matrix that has a gradient; a closure is not called."""
         for group in self.param_groups:
             alike: defaultdict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:

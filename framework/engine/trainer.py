@@ -9,8 +9,9 @@ order and metric lines are bit for bit those of a run that was never stopped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,7 +63,7 @@ class Trainer:
         records: where numbers and messages go; the run directory's files and the terminal unless given.
         ranks: the processes that train together; each takes its share of every batch, and the main one writes files.
         phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``communication`` where there
-            are several ranks, ``optimizer``, ``average``.
+            are several ranks, ``optimizer``, ``average``; of several turns each has its own, ``TURN: forward``.
 
     Raises:
         ValueError: if the turns do not share out the trainable parameters, an optimizer's turn does not exist,
@@ -190,8 +191,9 @@ class Trainer:
             batches = micro_batches(self._on_device(batch), self.options.accumulate)
             context = Context(step, step / self.options.max_steps, self.generators)
             for training in self.turns:
+                phase = self.phase if len(self.turns) == 1 else partial(self._phase_of, training.turn.name)
                 for update in range(training.turn.updates if training.turn.is_due(step) else 0):
-                    numbers = training.take(self.task, batches, replace(context, update=update), self.phase)
+                    numbers = training.take(self.task, batches, replace(context, update=update), phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
             learn_between_steps(self.task, self.ranks)
             if self.ranks.size > 1:  # what layers have learned of their own rank's images
@@ -200,6 +202,9 @@ class Trainer:
                 with self.phase("average"):
                     self.average.update(self.task.model, step)
         self._tell_broken(self.stream.broken)
+
+    def _phase_of(self, turn: str, name: str) -> AbstractContextManager[object]:
+        return self.phase(f"{turn}: {name}")
 
     def _log(self, step: int) -> None:
         values = self.means.take()
@@ -327,12 +332,7 @@ class Trainer:
         self.means.load_state_dict(state["means"])
 
     def _on_device(self, batch: Batch) -> Batch:
-        moved = {
-            name: value.to(self.device, non_blocking=True)
-            for name, value in (("images", batch.images), ("labels", batch.labels), ("target", batch.target))
-            if value is not None
-        }
-        return replace(batch, **moved)
+        return batch.to(self.device)
 
 
 def make_turns(

@@ -22,11 +22,7 @@ from framework.evaluation.tables import markdown
 from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
 from framework.tokenizers.interface import ImageSpace
-
-DEFINITIONS = {
-    "mean, std": "of each channel over images and positions, where 0 and 1 are aimed at",
-    "floats": "of an image's latents",
-}
+LATENTS = "mean and std of each channel over images and positions, normalised, so that 0 and 1 are aimed at"
 
 
 @torch.no_grad()
@@ -59,7 +55,7 @@ def evaluate_autoencoder(
     curve = space_floor(space, data, limit, record=record, progress=progress, distances=distances)
     device = next(space.parameters()).device
     latents = _latent_numbers(space, data, limit)
-    metrics = curve.save(folder, {"latents": latents})
+    metrics = curve.save(folder, {"latents": latents, "latents_are": LATENTS})
     errors, (positions,) = curve.errors[:, 0], curve.lengths
     low, high = (1000 * curve.intervals[:, 0]).tolist()
     titles = [distance.extractor.title for distance in (distances or {}).values()]
@@ -67,7 +63,8 @@ def evaluate_autoencoder(
     row = [str(positions), f"{1000 * errors.mean().item():.3g}", f"{low:.3g} to {high:.3g}"]
     row += [f"{psnr(errors).mean().item():.2f}", *(f"{rqpr(errors, limit).item():.0%}" for limit in THRESHOLDS)]
     row += [f"{values.mean().item():.3g}" for values in curve.distances.values()]
-    scope = f"{len(curve.keys)} images of {len(set(curve.groups))} groups; pixels in [0, 1]; definitions in metrics.json."
+    counted = f"{len(curve.keys)} images of {len(set(curve.groups))} groups"
+    scope = f"{counted}; pixels in [0, 1]; definitions in metrics.json."
     spread = (
         f"Latents of {positions} positions with {space.channels} channels: means from {min(latents['mean']):.2g} to "
         f"{max(latents['mean']):.2g}, deviations from {min(latents['std']):.2g} to {max(latents['std']):.2g}.\n"

@@ -13,10 +13,15 @@ class Evaluation:
         distances: extractors of perceptual distances by the name that metrics have, such as
             ``{st_lpips: {name: STLPIPS}}``.
         lengths: kept tokens to measure a tokenizer at, increasing; a spread of them unless given.
+        pca: whether principal components of the training images, at equal floats, stand beside a tokenizer.
     """
 
     def __init__(
-        self, distances: dict[str, Extractor] | None = None, lengths: tuple[int, ...] | None = None
+        self,
+        distances: dict[str, Extractor] | None = None,
+        lengths: tuple[int, ...] | None = None,
+        pca: bool = True,
     ) -> None:
         self.lengths = lengths
+        self.pca = pca
         self.distances = {name: PerceptualLoss(extractor) for name, extractor in (distances or {}).items()}

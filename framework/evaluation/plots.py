@@ -239,7 +239,7 @@ def plot_tiled_by_all(
 
 
 def _by_tiles(photograph: Tensor, tokenizer: Tokenizer, lengths: Sequence[int]) -> list[Tensor]:
-    """A photograph ``(3, h, w)`` of whole tiles, rebuilt at each length; in chunks, so that its size costs no memory."""
+    """A photograph ``(3, h, w)`` of whole tiles, rebuilt at each length, in chunks: cost grows with its area alone."""
     size, device = tokenizer.image_size, next(tokenizer.parameters()).device
     columns = photograph.shape[2] // size
     tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=size, w=size)

@@ -81,7 +81,7 @@ def evaluate_tokenizer(
     if baseline is not None:
         summary, note = baseline.summary(), "PCA keeps as many components as the tokens have floats."
     else:
-        reason = "no training images" if train_data is None else f"images of {_num_values(data)} values"
+        reason = "not asked for" if train_data is None else f"images of {_num_values(data)} values"
         summary, note = None, f"No PCA baseline: {reason}."
     sections: dict[str, Any] = {"idle_tail": curve.idle_tail(tokenizer.num_tokens)}
     floor = _floor(tokenizer, data, limit, progress, distances)
@@ -148,7 +148,8 @@ def compare_tokenizers(
     baseline = _principal_components(shown, first.token_dim, data, train_data, limit, progress)
     every = curves if baseline is None else curves | {"PCA, equal floats": baseline}
     rows = [["MSE x 1000 at tokens", *map(str, lengths)]]
-    rows += [[name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())] for name, curve in every.items()]
+    for name, curve in every.items():
+        rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
     texts = [markdown(rows, num_words=1)]
     for metric, distance in (distances or {}).items():
         rows = [[f"{distance.extractor.title} at tokens", *map(str, lengths)]]

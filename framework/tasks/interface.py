@@ -71,7 +71,7 @@ class Report:
 
     Args:
         data: held-out images.
-        train_data: for baselines that must be fitted.
+        train_data: for baselines that must be fitted; ``None`` for none.
         folder: where everything goes.
         record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
         lengths: kept tokens to measure; a spread of them unless given.
@@ -82,7 +82,7 @@ class Report:
     """
 
     data: ImageData
-    train_data: ImageData
+    train_data: ImageData | None
     folder: Path
     record: Mapping[str, object]
     lengths: Sequence[int] | None = None

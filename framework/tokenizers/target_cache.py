@@ -101,7 +101,7 @@ class CachedTargets(ImageData):
         """Whether the file is there, whole, and says of a few images what the space says now."""
         try:
             mapped = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return False
         rows = {self.data.key(row): row for row in subset(len(self.data), SAMPLE)}
         kept = mapped[0, [rows[key] for key in some.keys]]
@@ -170,7 +170,8 @@ def _compute(
     np.lib.format.write_array_header_1_0(start, described)
     header = start.getvalue()
     with growing_file(file, header) as out:
-        done = min((out.tell() - len(header)) // size, total)
+        looks_done, rows_done = divmod(min((out.tell() - len(header)) // size, total), len(data))
+        done = looks_done * len(data) + rows_done // BATCH * BATCH  # since batches decide last bits
         out.truncate(len(header) + done * size)
         while done < total:
             look, first = divmod(done, len(data))

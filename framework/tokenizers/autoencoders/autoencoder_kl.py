@@ -99,7 +99,7 @@ class AutoencoderKL(ImageSpace):
         self.statistics = ChannelStatistics(latent_channels)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Images ``(b, 3, height, width)`` in [0, 1] -> what the encoder says of latents, not normalised, in float32."""
+        """Images ``(b, 3, height, width)`` in [0, 1] -> its Gaussians of latents, not normalised, in float32."""
         mean, log_variance = self.encoder(images * 2 - 1).float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
