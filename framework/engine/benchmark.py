@@ -209,7 +209,7 @@ def compare_training(experiment: Experiment, rounds: int, steps: int) -> Times:
     another loop would do too.
 
     Raises:
-        ValueError: if ``train:`` asks for what the plain loop does not do, or the task takes several updates on a batch.
+        ValueError: if ``train:`` or the task asks for what the plain loop does not do.
     """
     options = copy(experiment.train)
     if options.accumulate > 1 or options.recompute or options.compile or options.freeze:

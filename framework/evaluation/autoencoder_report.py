@@ -22,6 +22,7 @@ from framework.evaluation.tables import markdown
 from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
 from framework.tokenizers.interface import ImageSpace
+
 LATENTS = "mean and std of each channel over images and positions, normalised, so that 0 and 1 are aimed at"
 
 
