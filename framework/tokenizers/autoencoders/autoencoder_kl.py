@@ -65,7 +65,8 @@ class AutoencoderKL(ImageSpace):
     has seen images, or a converted checkpoint brings its own.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level; the decoder has one more.
         attention_resolutions: sides of the grids on which levels attend, at images of side ``resolution``.

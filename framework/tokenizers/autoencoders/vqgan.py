@@ -109,7 +109,8 @@ class TamingVQGAN(VQGAN):
     """The VQGAN of taming transformers; the defaults are those of its ImageNet model with 1024 codes at 1/16.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level; the decoder has one more.
         attention_resolutions: sides of the grids on which levels attend, at images of side ``resolution``.
@@ -137,7 +138,8 @@ class MaskGITVQGAN(VQGAN):
     """MaskGIT's VQGAN as TiTok has it; the defaults are those of its ImageNet model, 1024 codes at 1/16.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level, and of the middle.
         num_codes: k.
