@@ -15,7 +15,7 @@ from torch import Tensor
 from framework.data.interface import ImageData
 from framework.data.stream import Sequential, subset
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
-from framework.evaluation.plots import fit_tiles, plot_reconstructions, psnr_of, write_rows
+from framework.evaluation.plots import by_tiles, fit_tiles, plot_reconstructions, psnr_of, write_rows
 from framework.evaluation.rate_distortion import Progress, space_floor
 from framework.evaluation.report import choose_photograph, spread_images
 from framework.evaluation.tables import markdown
@@ -77,7 +77,7 @@ def evaluate_autoencoder(
     rebuilt = _through(space, images.to(device)).float().cpu()
     plot_reconstructions(images, {positions: rebuilt}, folder / "reconstructions.png")
     photograph = fit_tiles(choose_photograph(data, curve.groups), data.image_size)
-    whole = _by_tiles(space, photograph, data.image_size)
+    (whole,) = by_tiles(photograph, data.image_size, lambda tiles: [_through(space, tiles.to(device))])
     captions = ["original", f"{positions} positions a tile, {psnr_of(photograph, whole):.1f} dB"]
     write_rows([photograph, whole], captions, 2, folder / "photograph.png")
     return metrics
@@ -85,13 +85,6 @@ def evaluate_autoencoder(
 
 def _through(space: ImageSpace, images: Tensor) -> Tensor:
     return space.decode(space.encode(images)).clamp(0, 1)
-
-
-def _by_tiles(space: ImageSpace, photograph: Tensor, size: int) -> Tensor:
-    device, columns = next(space.parameters()).device, photograph.shape[2] // size
-    tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=size, w=size)
-    rebuilt = torch.cat([_through(space, chunk.to(device)).float().cpu() for chunk in tiles.split(64)])
-    return rearrange(rebuilt, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
 
 
 def _latent_numbers(space: ImageSpace, data: ImageData, limit: int | None) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ Shapes: images (3, h, w) in [0, 1], on the CPU.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -202,7 +202,7 @@ def plot_tiled_photograph(photograph: Tensor, tokenizer: Tokenizer, lengths: Seq
         path: where to write.
     """
     photograph = fit_tiles(photograph, tokenizer.image_size)
-    rebuilt = _by_tiles(photograph, tokenizer, lengths)
+    rebuilt = _by_tokenizer(photograph, tokenizer, lengths)
     num_tiles = photograph[0].numel() // tokenizer.image_size**2
     captions = [f"original\n{count(num_tiles, 'tile')} of {tokenizer.image_size} x {tokenizer.image_size}"]
     for length, cell in zip(lengths, rebuilt, strict=True):
@@ -229,7 +229,7 @@ def plot_tiled_by_all(
     for name, tokenizer in tokenizers.items():
         original = fit_tiles(photograph, tokenizer.image_size)
         kept = [min(length, tokenizer.num_tokens) for length in lengths]
-        rebuilt = _by_tiles(original, tokenizer, kept)
+        rebuilt = _by_tokenizer(original, tokenizer, kept)
         rows.append([original, *rebuilt])
         cells = zip(kept, rebuilt, strict=True)
         numbers = [f"{count(length, 'token')}, {psnr_of(original, cell):.1f} dB" for length, cell in cells]
@@ -238,14 +238,24 @@ def plot_tiled_by_all(
     _write_sheet(rows, captions, [], path)
 
 
-def _by_tiles(photograph: Tensor, tokenizer: Tokenizer, lengths: Sequence[int]) -> list[Tensor]:
-    """A photograph ``(3, h, w)`` of whole tiles, rebuilt at each length, in chunks: cost grows with its area alone."""
-    size, device = tokenizer.image_size, next(tokenizer.parameters()).device
+def by_tiles(photograph: Tensor, size: int, rebuild: Callable[[Tensor], Iterable[Tensor]]) -> list[Tensor]:
+    """A photograph of whole tiles, rebuilt in one or more ways, in chunks: the cost grows with its area alone.
+
+    Args:
+        photograph: ``(3, h, w)``.
+        size: side of a tile.
+        rebuild: tiles ``(b, 3, size, size)`` -> their reconstructions, one ``(b, 3, size, size)`` for each way.
+    """
     columns = photograph.shape[2] // size
     tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=size, w=size)
-    chunks = [torch.stack(list(reconstructions(tokenizer, chunk.to(device), lengths))) for chunk in tiles.split(64)]
-    rebuilt = torch.cat(chunks, dim=1).float().cpu()
+    rebuilt = torch.cat([torch.stack(list(rebuild(chunk))).float().cpu() for chunk in tiles.split(64)], dim=1)
     return list(rearrange(rebuilt, "l (rows columns) c h w -> l c (rows h) (columns w)", columns=columns))
+
+
+def _by_tokenizer(photograph: Tensor, tokenizer: Tokenizer, lengths: Sequence[int]) -> list[Tensor]:
+    """At each length."""
+    size, device = tokenizer.image_size, next(tokenizer.parameters()).device
+    return by_tiles(photograph, size, lambda tiles: reconstructions(tokenizer, tiles.to(device), lengths))
 
 
 def fit_tiles(photograph: Tensor, size: int) -> Tensor:
