@@ -74,9 +74,7 @@ def evaluate_tokenizer(
     Raises:
         ValueError: see ``measure`` and ``tokenizer_errors``.
     """
-    curve = rate_distortion(
-        tokenizer, data, lengths, limit, record=record, progress=progress, distances=distances
-    )
+    curve = rate_distortion(tokenizer, data, lengths, limit, record=record, progress=progress, distances=distances)
     baseline = _principal_components(curve, tokenizer.token_dim, data, train_data, limit, progress)
     if baseline is not None:
         summary, note = baseline.summary(), "PCA keeps as many components as the tokens have floats."

@@ -46,7 +46,7 @@ class AllocationTask(Task):
 
     def report(self, wanted: Report) -> None:
         """The study of allocation: the policy beside fixed lengths, rules, a search and the best choice."""
-        _refuse_lengths(wanted)
+        _refuse(wanted)
         (history,) = wanted.histories.values()
         evaluate_allocation(
             self.adaptive,
@@ -63,13 +63,18 @@ class AllocationTask(Task):
     @classmethod
     def compare(cls, tasks: Mapping[str, Any], wanted: Report) -> None:
         """Rewards and lengths, and how training went."""
-        _refuse_lengths(wanted)
+        _refuse(wanted)
         models = {
             name: (task.adaptive, task.reward, task.fidelity, wanted.histories[name]) for name, task in tasks.items()
         }
         compare_allocations(models, wanted.data, wanted.folder, wanted.limit, wanted.progress)
 
 
-def _refuse_lengths(wanted: Report) -> None:
+def _refuse(wanted: Report) -> None:
     if wanted.lengths is not None:
-        raise ValueError("the policy chooses the lengths: leave out --lengths")
+        raise ValueError("the policy chooses the lengths: leave out --lengths and evaluation.lengths")
+    if wanted.distances:
+        raise ValueError(
+            "a policy is judged by its reward: measure distances on the run that has trained its tokenizer, and leave "
+            "out --distances and evaluation.distances here"
+        )
