@@ -15,7 +15,7 @@ from torch import Tensor
 from framework.data.interface import ImageData
 from framework.data.stream import Sequential, subset
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
-from framework.evaluation.plots import by_tiles, fit_tiles, plot_reconstructions, psnr_of, write_rows
+from framework.evaluation.plots import by_tiles, fit_tiles, psnr_of, write_rows
 from framework.evaluation.rate_distortion import Progress, space_floor
 from framework.evaluation.report import choose_photograph, spread_images
 from framework.evaluation.tables import markdown
@@ -75,7 +75,9 @@ def evaluate_autoencoder(
     indices = {data.key(index): index for index in subset(len(data), limit)}
     images = data.fetch([indices[curve.keys[row]] for row in spread_images(curve)], epoch=0).images
     rebuilt = _through(space, images.to(device)).float().cpu()
-    plot_reconstructions(images, {positions: rebuilt}, folder / "reconstructions.png")
+    pairs = list(zip(images, rebuilt, strict=True))
+    captions = [f"{psnr_of(image, made):.1f} dB" for image, made in pairs]
+    write_rows([torch.cat(pair, dim=2) for pair in pairs], captions, 3, folder / "reconstructions.png")
     photograph = fit_tiles(choose_photograph(data, curve.groups), data.image_size)
     (whole,) = by_tiles(photograph, data.image_size, lambda tiles: [_through(space, tiles.to(device))])
     captions = ["original", f"{positions} positions a tile, {psnr_of(photograph, whole):.1f} dB"]

@@ -35,7 +35,8 @@ def ldm_networks(
 ) -> tuple[nn.Sequential, nn.Sequential]:
     """An encoder ``(b, 3, h, w) -> (b, encoded_channels, h / f, w / f)`` and a decoder from ``latent_channels`` back.
 
-    f doubles from level to level.
+    f doubles from level to level. Unlike the official networks, which train for a hundred times as long, residual
+    branches start at zero.
 
     Args:
         encoded_channels: of the encoder's last 3x3 convolution and of the 1x1 convolution behind it.
@@ -74,6 +75,11 @@ def ldm_networks(
         activation=nn.SiLU(),
         conv_out=conv(widths[0], 3),
     )
+    for block in [*encoder.modules(), *decoder.modules()]:
+        if isinstance(block, ResidualBlock):
+            nn.init.zeros_(block.conv2.weight)
+            if block.conv2.bias is not None:
+                nn.init.zeros_(block.conv2.bias)
     return encoder, decoder
 
 
