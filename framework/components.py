@@ -22,8 +22,10 @@ import framework.losses.extractors.classifiers
 import framework.losses.extractors.lpips
 import framework.losses.perceptual
 import framework.losses.reconstruction
+import framework.losses.values
 import framework.tasks.fine_tune_decoder
 import framework.tasks.train_allocation
+import framework.tasks.train_autoencoder
 import framework.tasks.train_tokenizer
 import framework.tokenizers.autoencoders.autoencoder_kl
 import framework.tokenizers.autoencoders.vqgan

@@ -17,6 +17,7 @@ import framework.components  # noqa: F401 - registers every part
 from framework.config import Config, build, dump_yaml, load_config, resolve
 from framework.config.find import config_of_run
 from framework.config.find import find_config as find_config
+from framework.config.yaml import inline
 from framework.engine import run_directory
 from framework.engine.checkpoint import (
     Best,
@@ -29,12 +30,12 @@ from framework.engine.checkpoint import (
     read_weights,
 )
 from framework.engine.experiment import Experiment
-from framework.engine.frozen import frozen_digests, live_state
+from framework.engine.frozen import frozen_digests, live_state, remove_unread
 from framework.engine.plan import plan
 from framework.engine.profiler import profile_training
 from framework.engine.run_directory import RunError as RunError
 from framework.engine.trackers import TRACKERS
-from framework.engine.trainer import Outcome
+from framework.engine.trainer import Outcome, Trainer
 from framework.runtime.files import write_text
 from framework.runtime.json_lines import read_lines
 from framework.runtime.progress import Stages
@@ -45,17 +46,19 @@ Weights = Literal["ema", "model"]
 Which = Literal["latest", "best"]
 Split = Literal["train", "validation", "test"]
 METRICS = "metrics.jsonl"
+LOSSES, EVALUATION = ("task", "losses"), ("evaluation",)
 
 
-def experiment_from(config: Config, device: str = "cpu") -> Experiment:
+def experiment_from(config: Config, device: str = "cpu", unread: Sequence[tuple[str, ...]] = ()) -> Experiment:
     """Build a run's parts, with initial weights that depend on the run's seed alone.
 
-    On the ``meta`` device nothing is allocated and no weights are read: enough to count and to catch shapes.
+    On the ``meta`` device nothing is allocated and no weights are read: enough to count and to catch shapes. Places
+    that are ``unread`` are made so, and have no part in what is used.
     """
     seed = resolve(config, Experiment)["run"]["seed"]
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
-        return build(config, Experiment, load_weights=_skip if device == "meta" else load_part)
+        return build(config, Experiment, _skip if device == "meta" else load_part, unread)
 
 
 def check(config: Config) -> None:
@@ -128,15 +131,16 @@ def train(
     ranks.wait()  # all have seen the directory as it was
     if not ranks.is_main:
         ranks.wait()
-        _prepare(experiment)
+        _prepare(experiment, trainer)
         return trainer.fit()
     if fresh and folder.exists():
         with run_directory.hold(folder, say):
             say(f"moved the older run to {run_directory.move_aside(folder)}")
     with run_directory.hold(folder, say):
         write_text(folder / "config.yaml", text)
-        run_directory.record_start(folder, {} if inheritance is None else {"init_from": inheritance.record})
-        _prepare(experiment)
+        more = {"precision": str(experiment.train.dtype(trainer.device))}
+        run_directory.record_start(folder, more | ({} if inheritance is None else {"init_from": inheritance.record}))
+        _prepare(experiment, trainer)
         ranks.wait()  # the others find what was prepared
         outcome = trainer.fit()
         if outcome.status == "finished":
@@ -187,6 +191,7 @@ def evaluate(
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
     checkpoint: Which = "latest",
+    distances: Sequence[str] | None = None,
 ) -> Path:
     """Evaluate a run's averaged weights on a split of its data; returns the folder of the results.
 
@@ -198,8 +203,9 @@ def evaluate(
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
         checkpoint: the latest, or the best as ``train.best`` says.
+        distances: names of extractors, in place of those of the configuration's ``evaluation.distances``.
     """
-    experiment = experiment_from(_config(folder))
+    experiment = experiment_from(_config(folder, distances), unread=[LOSSES])
     _use_threads(experiment)
     out = out or folder / f"evaluation_{split}{'' if checkpoint == 'latest' else '_best'}"
     _evaluate(experiment, folder, split, out, say, lengths, limit, checkpoint)
@@ -213,6 +219,7 @@ def compare(
     split: Split = "validation",
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
+    distances: Sequence[str] | None = None,
 ) -> None:
     """Measure several runs' models on the images of the first run; leave one table and one plot in ``out``.
 
@@ -223,11 +230,12 @@ def compare(
         split: which images.
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
+        distances: names of extractors, in place of those of the first run's ``evaluation.distances``.
 
     Raises:
         RunError: if the runs have trained different kinds of models, or some that are not compared.
     """
-    experiments = {folder: experiment_from(_config(folder)) for folder in folders}
+    experiments = {folder: experiment_from(_config(folder, distances), unread=[LOSSES]) for folder in folders}
     first = experiments[folders[0]]
     for folder, experiment in experiments.items():
         _restore(experiment, folder, None)
@@ -238,11 +246,13 @@ def compare(
     _use_threads(first)
     tasks = {str(folder): experiment.task for folder, experiment in experiments.items()}
     histories = {str(folder): read_lines(folder / METRICS, "step") for folder in folders}
+    train = first.data.train if first.evaluation.pca else None
     with torch.no_grad(), Stages() as progress:
-        wanted = Report(getattr(first.data, split), first.data.train, out, {}, lengths, limit, progress, histories)
+        data, judges = getattr(first.data, split), first.judges()
+        wanted = Report(data, train, out, {}, lengths, limit, progress, histories, judges)
         type(first.task).compare(tasks, wanted)
     say((out / "comparison.md").read_text().strip())
-    say(f"results: {out / 'comparison.md'} {out / 'comparison.png'}")
+    say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
 
 
 def load(path: str | Path, weights: Weights | None = None, checkpoint: Which = "latest") -> nn.Module:
@@ -259,7 +269,7 @@ def load(path: str | Path, weights: Weights | None = None, checkpoint: Which = "
         CheckpointError: if the weights do not fit the configuration.
     """
     folder = Path(path)
-    experiment = experiment_from(_config(folder))
+    experiment = experiment_from(_config(folder), unread=[LOSSES, EVALUATION])
     _restore(experiment, folder, weights, checkpoint)
     return experiment.task.model.eval()
 
@@ -296,22 +306,25 @@ def load_part(module: nn.Module, source: str, path: str) -> None:
         return
     if source.endswith(".safetensors"):
         raise RunError(f"{path}: there is no file {source} to take weights from")
-    donor = experiment_from(_config(Path(source)))
+    donor = experiment_from(_config(Path(source)), unread=[LOSSES, EVALUATION])
     _restore(donor, Path(source), None)
     try:
         part = donor.task.get_submodule(path.removeprefix("task."))
     except AttributeError:
-        raise RunError(f"{path}: the run {source} has no such part to take weights from") from None
+        part = donor.task.model  # such as an autoencoder that becomes an input space
+        if type(part) is not type(module):
+            kinds = f"its model is {type(part).__name__}, and not {type(module).__name__}"
+            raise RunError(f"{path}: the run {source} has no such part to take weights from; {kinds}") from None
     # All of the donor's part, what is frozen there too; but what is frozen inside this one has its own source.
     kept = module.state_dict().keys() - live_state(module).keys()
     weights = {name: value for name, value in part.state_dict().items() if name not in kept}
     load_weights(module, weights, f"{source}, {path}")
 
 
-def _prepare(experiment: Experiment) -> None:
+def _prepare(experiment: Experiment, trainer: Trainer) -> None:
     try:
         with Stages() as progress:
-            experiment.task.prepare(experiment.data.train, experiment.run.cache, progress)
+            trainer.train_on(experiment.task.prepare(experiment.data.train, experiment.run.cache, progress))
     except ValueError as error:
         raise RunError(str(error)) from error
 
@@ -324,13 +337,15 @@ def _skip(module: nn.Module, source: str, path: str) -> None:
     """On the meta device there is nothing to load into."""
 
 
-def _config(folder: Path) -> Config:
+def _config(folder: Path, distances: Sequence[str] | None = None) -> Config:
+    """A run's configuration, with other distances to measure where they are given by the names of extractors."""
     file = folder / "config.yaml"
     if not file.is_file():
         maker = config_of_run(folder, [Path("projects"), Path(__file__).parents[1] / "projects"])
         train_it = f" with: python tools/train_net.py --config {maker}\n" if maker else ", or check the path"
         raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first{train_it}".rstrip())
-    return load_config(file)
+    named = [f"evaluation.distances={inline({name: {'name': name} for name in distances})}"] if distances else []
+    return load_config(file, named)
 
 
 def _checkpoint(folder: Path, best: Best | None = None) -> Checkpoint:
@@ -359,7 +374,8 @@ def _restore(
         except CheckpointError:
             if checkpoint.folder.exists():
                 raise  # else the run goes on, and has just removed it for a newer one
-    checkpoint.check_frozen(frozen_digests(experiment.task))
+    left_out = remove_unread(experiment.task)
+    checkpoint.check_frozen(frozen_digests(experiment.task), left_out)
     load_weights(experiment.task, read["model"], checkpoint.folder)
     if chosen == "ema":
         load_weights(model, read["ema"], checkpoint.folder)
@@ -381,7 +397,10 @@ def _evaluate(
     task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
         histories = {str(folder): read_lines(folder / METRICS, "step")}
-        task.report(Report(getattr(data, split), data.train, out, record, lengths, limit, progress, histories))
+        judges, lengths = experiment.judges(), lengths or experiment.evaluation.lengths
+        train = data.train if experiment.evaluation.pca else None
+        wanted = Report(getattr(data, split), train, out, record, lengths, limit, progress, histories, judges)
+        task.report(wanted)
     _say_results(out, say)
 
 

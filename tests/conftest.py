@@ -15,6 +15,7 @@ import framework.components  # noqa: F401 - law tests run over every registered 
 from framework import runs
 from framework.tasks.interface import Report, Task
 from framework.tasks.train_allocation import TrainAllocation
+from framework.tasks.train_autoencoder import TrainAutoencoder
 from framework.tasks.train_tokenizer import TrainTokenizer
 from tests.test_layering import library_size
 from tests.tiny_run import tiny_policy_config, train_tiny
@@ -64,5 +65,5 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         (wanted.folder / "metrics.json").write_text(json.dumps(asked))
         (wanted.folder / "table.md").write_text("| a table |\n")
 
-    for task in (TrainTokenizer, TrainAllocation):
+    for task in (TrainTokenizer, TrainAllocation, TrainAutoencoder):
         monkeypatch.setattr(task, "report", report)

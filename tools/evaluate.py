@@ -11,6 +11,7 @@ examples:
   python tools/evaluate.py --run runs/adatok/ntm
   python tools/evaluate.py --run runs/adatok/ntm --split test --lengths 1 4 16
   python tools/evaluate.py --run runs/adatok/ntm runs/adatok/full_length --out runs/comparison
+  python tools/evaluate.py --run runs/adatok/ntm --distances STLPIPS EfficientNetLite0
 """
 
 
@@ -24,12 +25,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="which; best of train.best")
     parser.add_argument("--limit", type=int, metavar="N", help="measure N images only, always the same")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results; evaluation_SPLIT of the run unless given")
+    judges = "extractors of perceptual distances to measure too, such as STLPIPS; those of the run unless given"
+    parser.add_argument("--distances", nargs="+", metavar="NAME", help=judges)
     arguments = parser.parse_args()
     if len(arguments.run) > 1 and arguments.out is None:
         parser.error("to compare several runs, say where the results go: --out DIR")
     if len(arguments.run) > 1 and arguments.checkpoint == "best":
         parser.error("several runs are compared by their latest checkpoints")
-    measured = {"split": arguments.split, "lengths": arguments.lengths, "limit": arguments.limit}
+    measured = {name: getattr(arguments, name) for name in ("split", "lengths", "limit", "distances")}
 
     from framework import runs
     from framework.config import ConfigError

@@ -6,12 +6,14 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from framework.config.errors import ConfigError, Problem, SchemaError, dotted
+from framework.config.errors import ConfigError, Keys, Problem, SchemaError, dotted
 from framework.config.schema import Entries, Items, Part, Plan, Reader, Value, arguments
 from framework.config.yaml import Config
 
@@ -44,17 +46,18 @@ def resolve(config: Config, root: type) -> dict[str, Any]:
     return {"imports": modules} | tree if modules else tree
 
 
-def build(config: Config, root: type[T], load_weights: LoadWeights) -> T:
+def build(config: Config, root: type[T], load_weights: LoadWeights, unread: Sequence[Keys] = ()) -> T:
     """Checks, then constructs ``root`` and everything in it.
 
     Args:
         load_weights: called for each component that has ``weights:``, after its construction.
+        unread: places whose modules are made on the meta device, read nothing, and are marked ``is_unread``.
 
     Raises:
         ConfigError: the check failed, or a constructor refused its arguments with a ValueError.
         SchemaError: as ``check``.
     """
-    return _Builder(config, load_weights).construct(_plan(config, root))
+    return _Builder(config, load_weights, unread).construct(_plan(config, root))
 
 
 def _plan(config: Config, root: type) -> Part:
@@ -89,9 +92,10 @@ def _import(config: Config) -> None:
 
 
 class _Builder:
-    def __init__(self, config: Config, load_weights: LoadWeights) -> None:
+    def __init__(self, config: Config, load_weights: LoadWeights, unread: Sequence[Keys]) -> None:
         self.config = config
         self.load_weights = load_weights
+        self.unread = unread
 
     def make(self, plan: Plan) -> Any:
         match plan:
@@ -113,13 +117,18 @@ class _Builder:
         if unknown := [key for key in given if key not in from_parent]:
             self._refuse(part, f"does not take '{unknown[0]}' from {part.owner}: add it to its signature after `*`")
         if missing:
-            self._refuse(part, f"needs '{missing[0]}', which {part.owner} does not give: give it a default")
+            where = f"set '{missing[0]}' there if {part.owner} takes it, or give it a default"
+            self._refuse(part, f"needs '{missing[0]}' from {part.owner}, which gives none: {where}")
         made_arguments = {key: self.make(plan) for key, plan in part.arguments.items()}
+        is_unread = any(part.keys[: len(place)] == place for place in self.unread)
         try:
-            made = part.cls(**made_arguments, **given)
+            with torch.device("meta") if is_unread else nullcontext():
+                made = part.cls(**made_arguments, **given)
         except (ValueError, OSError) as error:
             self._refuse(part, f"refuses its arguments: {error}", error)
-        if source := part.builder.get("weights"):
+        if is_unread:
+            made.is_unread = True
+        elif source := part.builder.get("weights"):
             self.load_weights(made, source, dotted(part.keys))
         if part.builder.get("frozen"):
             made.requires_grad_(False).eval().is_frozen = True

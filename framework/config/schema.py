@@ -203,6 +203,8 @@ class Reader:
         """Reads a mapping or a list by one annotation of that shape."""
         origin, of = get_origin(expected), get_args(expected)
         if origin is dict:
+            if type(None) not in _alternatives(of[1]):  # so that null removes an inherited entry
+                value = {key: item for key, item in value.items() if item is not None}
             return Entries({key: self.read(item, of[1], (*keys, key), owner) for key, item in value.items()})
         if origin in (list, tuple):
             kinds: Sequence[Any] = of

@@ -30,6 +30,8 @@ class Batch:
         labels: ``(b,)`` int64, or ``None``.
         broken: images that were asked for and could not be read, with the reason; they are in none of the others.
         kinds: what sort of image each one is, where evaluations should tell sorts apart: ``3 digits``.
+        target: what a tokenizer's output space says of the images, ``(b, ...)``, where that was computed beforehand.
+            Where it is all that is needed, images have no pixels: ``(b, 3, 0, 0)``.
     """
 
     images: Tensor
@@ -38,6 +40,16 @@ class Batch:
     labels: Tensor | None = None
     broken: Mapping[str, str] = field(default_factory=dict)
     kinds: list[str] | None = None
+    target: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on a device."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, labels=moved(self.labels), target=moved(self.target))
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The images at ``rows``, in that order."""
@@ -48,6 +60,7 @@ class Batch:
             [self.groups[row] for row in rows],
             None if self.labels is None else self.labels[numbers],
             kinds=None if self.kinds is None else [self.kinds[row] for row in rows],
+            target=None if self.target is None else self.target[numbers],
         )
 
 

@@ -227,6 +227,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     labels = [part.labels for part in parts if part.labels is not None]
+    targets = [part.target for part in parts if part.target is not None]
     return Batch(
         torch.cat([part.images for part in parts]),
         [key for part in parts for key in part.keys],
@@ -234,6 +235,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
         torch.cat(labels) if labels else None,
         {key: reason for part in parts for key, reason in part.broken.items()},
         [kind for part in parts for kind in part.kinds or ()] or None,
+        torch.cat(targets) if targets else None,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ from framework.engine.frozen import train_mode
 from framework.engine.step_cost import step_cost_lines
 from framework.engine.trainer import Trainer
 from framework.engine.training import Training
+from framework.engine.turns import share_parameters
 from framework.nn.attention import FORMS, choose_attention, mask_to_bias
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import JsonLines, LogFile, Records
@@ -128,8 +129,8 @@ def machine(device: torch.device) -> str:
 class PlainLoop:
     """The loop that one would write for this task with torch alone: the yardstick for the trainer.
 
-    Torch's own optimizers with the same settings, the same schedule, autocast, clipping and moving average. Its one
-    check is that the loss, read every step, is finite; it logs nothing.
+    The same optimizers and schedule, autocast, clipping and moving average, turn by turn. Its one check is that the
+    losses, read every step, are finite; it logs nothing.
 
     Args:
         task: what both loops train, in a copy of its own; moves to ``device``.
@@ -139,21 +140,24 @@ class PlainLoop:
         device: where the models are.
 
     Raises:
-        ValueError: if the task takes more than one turn or update a step.
+        ValueError: if the task takes several updates on a batch.
     """
 
     def __init__(
         self, task: Task, batches: Iterator[Batch], options: Training, seed: int, device: torch.device
     ) -> None:
-        if len(task.turns) != 1 or task.turns[0].updates > 1:
-            raise ValueError(f"the plain loop takes one turn and one update a step, {type(task).__name__} {task.turns}")
+        if any(turn.updates > 1 for turn in task.turns):
+            raise ValueError(f"the plain loop takes one update on a batch, and not those of {type(task).__name__}")
         self.task, self.batches, self.options, self.device = task.to(device), batches, options, device
-        self.turn = task.turns[0].name
+        self.dtype = options.dtype(device)
         self.generators = Generators(seed)
-        named = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
-        self.parameters = [parameter for _, parameter in named]
-        self.optimizers = options.turn_optimizers.get(self.turn, options.optimizer)(parameters=named).parts
-        self.peaks = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.named = share_parameters(task)
+        self.optimizers = {
+            name: options.turn_optimizers.get(name, options.optimizer)(parameters=named).parts
+            for name, named in self.named.items()
+        }
+        parts = [part for optimizer in self.optimizers.values() for part in optimizer]
+        self.peaks = [(group, group["lr"]) for part in parts for group in part.param_groups]
         self.schedule = options.schedule(max_steps=options.max_steps)
         self.followed: list[Tensor] = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self.average = [parameter.detach().clone() for parameter in self.followed]
@@ -161,29 +165,33 @@ class PlainLoop:
 
     def step(self, step: int) -> None:
         """Take one step, counted from 0."""
-        options, batch = self.options, next(self.batches)
-        labels = None if batch.labels is None else batch.labels.to(self.device)
-        batch = replace(batch, images=batch.images.to(self.device), labels=labels)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            output = self.task(batch, self.turn, Context(step, step / options.max_steps, self.generators))
-        loss = torch.stack(list(output.losses.values())).sum()
-        loss.backward()
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"step {step}: the loss is {loss.item()}")
-        if options.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm)
-        factor = self.schedule(step)
+        options, batch = self.options, next(self.batches).to(self.device)
         for group, peak in self.peaks:
-            group["lr"] = peak * factor
-        for optimizer in self.optimizers:
-            optimizer.step()
+            group["lr"] = peak * self.schedule(step)
+        for turn in self.task.turns:
+            if turn.is_due(step):
+                self._take(turn.name, batch, Context(step, step / options.max_steps, self.generators))
         learn_between_steps(self.task, Ranks())
         if options.ema_decay is not None:
             decay = min(options.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.followed, 1 - decay)
+
+    def _take(self, turn: str, batch: Batch, context: Context) -> None:
+        for name, named in self.named.items():
+            for _, parameter in named:
+                parameter.requires_grad_(name == turn)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            output = self.task(batch, turn, context)
+        loss = torch.stack(list(output.losses.values())).sum()
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"step {context.step}, {turn}: the loss is {loss.item()}")
+        if self.options.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_([parameter for _, parameter in self.named[turn]], self.options.clip_norm)
+        for optimizer in self.optimizers[turn]:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def shuffled(data: ImageData, batch_size: int, steps: int, num_workers: int) -> Iterator[Batch]:
@@ -201,7 +209,7 @@ def compare_training(experiment: Experiment, rounds: int, steps: int) -> Times:
     another loop would do too.
 
     Raises:
-        ValueError: if ``train:`` asks for what the plain loop does not do, or the task takes more than one turn a step.
+        ValueError: if ``train:`` or the task asks for what the plain loop does not do.
     """
     options = copy(experiment.train)
     if options.accumulate > 1 or options.recompute or options.compile or options.freeze:
@@ -250,7 +258,8 @@ def training_lines(
     yield from step_cost_lines(experiment, steps, ranks)
     if ranks.size == 1:
         times = compare_training(experiment, rounds, steps)
-        yield f"{experiment.train.precision}, {steps} steps of each loop a round"
+        dtype = str(experiment.train.dtype(experiment.run.torch_device())).removeprefix("torch.")
+        yield f"{dtype}, {steps} steps of each loop a round"
         yield times.table(steps * experiment.train.batch_size)
 
 

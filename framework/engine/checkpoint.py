@@ -15,7 +15,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +85,17 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a trainer's state")
         return state
 
-    def check_frozen(self, here: Mapping[str, str]) -> None:
+    def check_frozen(self, here: Mapping[str, str], unread: Sequence[str] = ()) -> None:
         """Compare frozen parts, as ``frozen_digests`` describes them, with those that the checkpoint was trained with.
+
+        Args:
+            unread: names of parts that were left out, which only training needs.
 
         Raises:
             CheckpointError: if a part is missing, new, or has other weights.
         """
-        for name in sorted(here.keys() | self.frozen.keys()):
+        left_out = {name for name in self.frozen if any(f"{name}.".startswith(f"{part}.") for part in unread)}
+        for name in sorted((here.keys() | self.frozen.keys()) - left_out):
             if here.get(name) != self.frozen.get(name):
                 then, now = self.frozen.get(name, "not frozen"), here.get(name, "not frozen")
                 raise CheckpointError(

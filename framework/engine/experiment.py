@@ -12,7 +12,9 @@ from framework.data.data import Data
 from framework.engine.trackers import Tracker
 from framework.engine.trainer import Trainer
 from framework.engine.training import Training
+from framework.evaluation.evaluation import Evaluation
 from framework.launch.options import Launch
+from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import Records, run_records
 from framework.tasks.interface import Task
@@ -65,9 +67,10 @@ class Experiment:
     Args:
         run: where the run lives, its seed and device.
         data: the image sets.
-        tokenizer: the tokenizer to train or to use.
         task: what one training step computes.
         train: steps, batch, optimizer, schedule, checkpoints.
+        tokenizer: the tokenizer to train or to use; none where an autoencoder is trained.
+        evaluation: what evaluations measure; it may change while a run goes on, and after it.
         launch: on how many processes and machines; who launches reads it, and it may change while a run goes on.
     """
 
@@ -75,16 +78,19 @@ class Experiment:
         self,
         run: RunOptions,
         data: Factory[Data],
-        tokenizer: Factory[Tokenizer],
         task: Factory[Task],
         train: Training,
+        tokenizer: Factory[Tokenizer] | None = None,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - read only
         launch: Launch = Launch(),  # noqa: B008 - read only
     ) -> None:
         self.run = run
         self.launch = launch
         self.train = train
+        self.evaluation = evaluation
         self.data: Data = data(seed=run.seed)
-        self.task: Task = task(tokenizer=tokenizer(image_size=self.data.image_size))
+        given = {} if tokenizer is None else {"tokenizer": tokenizer(image_size=self.data.image_size)}
+        self.task: Task = task(**given)
 
     def trainer(self, ranks: Ranks | None = None) -> Trainer:
         """The engine over this experiment's parts; the models move to the run's device.
@@ -108,6 +114,10 @@ class Experiment:
             records=self._records(ranks or Ranks()),
             ranks=ranks,
         )
+
+    def judges(self) -> dict[str, PerceptualLoss]:
+        """The distances that evaluations measure beside the squared error, on the run's device."""
+        return {name: judge.to(self.run.torch_device()) for name, judge in self.evaluation.distances.items()}
 
     def _records(self, ranks: Ranks) -> Records:
         if not ranks.is_main:

@@ -37,3 +37,12 @@ def train_mode(module: nn.Module) -> None:
 def frozen_digests(module: nn.Module) -> dict[str, str]:
     """The SHA-256 of each frozen part's names, types, shapes and values, by the part's name."""
     return {name: weights_digest(frozen.state_dict()) for name, frozen in frozen_modules(module).items()}
+
+
+def remove_unread(module: nn.Module) -> list[str]:
+    """Take out the outermost parts that the builder marked ``is_unread``, which only training needs; their names."""
+    marked = [name for name, part in module.named_modules() if getattr(part, "is_unread", False)]
+    outermost = [name for name in marked if not any(name.startswith(f"{other}.") for other in marked)]
+    for name in outermost:
+        module.set_submodule(name, nn.Identity())
+    return outermost

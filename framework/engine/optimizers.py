@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from framework.config.registry import Registry
+from framework.engine import muon
 
 NamedParameters = Sequence[tuple[str, Parameter]]
 
@@ -133,13 +134,13 @@ class Muon(Optimizer):
                 f"Muon trains matrices, and no name matches {list(matrices)}; the matrices here are: {some[:300]}. "
                 "Set the optimizer's matrices, or take AdamW"
             )
-        muon = torch.optim.Muon(
+        orthogonalised = muon.Muon(
             chosen, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
         names = {name for name, _ in chosen}
         rest = [(name, parameter) for name, parameter in named if name not in names]
         adamw = [_adamw(rest, lr if adamw_lr is None else adamw_lr, weight_decay, betas)] if rest else []
-        super().__init__([muon, *adamw])
+        super().__init__([orthogonalised, *adamw])
 
 
 def decays(name: str, parameter: Tensor) -> bool:

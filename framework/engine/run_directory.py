@@ -41,10 +41,10 @@ def hold(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def refuse_another(folder: Path, text: str) -> None:
-    """Raise if the directory holds a run of another configuration than ``text``, but for where it is launched."""
+    """Raise if the directory holds a run of another configuration than ``text``, in what decides its training."""
     file = folder / "config.yaml"
     old = file.read_text(errors="replace") if file.exists() else text
-    if _without_launch(old) == _without_launch(text):
+    if _without_what_may_change(old) == _without_what_may_change(text):
         return
     try:
         load_config(file)
@@ -62,8 +62,8 @@ def refuse_another(folder: Path, text: str) -> None:
     )
 
 
-def _without_launch(text: str) -> str:
-    return re.sub(r"^launch:.*\n( .*\n)*", "", text, flags=re.MULTILINE)
+def _without_what_may_change(text: str) -> str:
+    return re.sub(r"^(launch|evaluation):.*\n( .*\n)*", "", text, flags=re.MULTILINE)
 
 
 def move_aside(folder: Path) -> Path:

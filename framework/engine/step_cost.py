@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
 
+from framework.data.interface import Batch
+from framework.data.stream import Sequential
 from framework.engine.experiment import Experiment
 from framework.engine.plan import count_operations
 from framework.engine.trainer import Trainer
+from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import Records, peak_memory_mib
+from framework.tasks.interface import Task
 from framework.tokenizers.tokenizer import Tokenizer
 
 SIDE = 2048
@@ -86,9 +91,27 @@ def step_cost_lines(experiment: Experiment, steps: int, ranks: Ranks) -> Iterato
     phases = clock.seconds | {"the rest": seconds - sum(clock.seconds.values())}
     yield f"{images:.1f} images/s in {ranks.size} processes, peak memory {peak_memory_mib(device):.0f} MiB a process"
     yield "time: " + ", ".join(f"{name} {spent / seconds:.1%}" for name, spent in phases.items())
+    yield from _extractor_lines(trainer.task, next(iter(Sequential(data, options.batch_size))), clock, seconds / steps)
     model = experiment.task.model
     if isinstance(model, Tokenizer):
         used = 6 * count_operations(model)["total"] * images / ranks.size
-        peak = peak_operations(device, getattr(torch, options.precision))
+        dtype = options.dtype(device)
+        peak = peak_operations(device, dtype)
         share = f"{used / peak:.1%} of the {peak:.3g} of a matrix product of side {SIDE}"
-        yield f"{used:.3g} operations/s a process at full length, {share} in {options.precision}"
+        yield f"{used:.3g} operations/s a process at full length, {share} in {str(dtype).removeprefix('torch.')}"
+
+
+def _extractor_lines(task: Task, batch: Batch, clock: PhaseClock, step: float) -> Iterator[str]:
+    """What the feature extractors of a step's losses take of it, measured alone, forward and backward."""
+    images = batch.to(clock.device).images
+    for name, loss in task.named_modules():
+        if isinstance(loss, PerceptualLoss):
+            times = []
+            for _ in range(ROUNDS):
+                rebuilt = images.clone().requires_grad_()
+                began = clock.now()
+                loss(rebuilt, images).backward()
+                times.append(clock.now() - began)
+            alone = median(times[1:])
+            title = loss.extractor.title
+            yield f"{name} alone ({title}), forward and backward: {1e3 * alone:.0f} ms, {alone / step:.1%} of a step"

@@ -9,8 +9,9 @@ order and metric lines are bit for bit those of a run that was never stopped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from framework.engine.meters import Means, Phase, Stopwatch
 from framework.engine.stop import StopFlag
 from framework.engine.training import Training
 from framework.engine.turns import TurnTraining, freeze, micro_batches, share_parameters
+from framework.runtime.precision import has_fast_bfloat16
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import Destination, Record, Records, peak_memory_mib, run_records
 from framework.runtime.rng import Generators, global_state, set_global_state
@@ -61,7 +63,7 @@ class Trainer:
         records: where numbers and messages go; the run directory's files and the terminal unless given.
         ranks: the processes that train together; each takes its share of every batch, and the main one writes files.
         phase: entered around the phases of a step: ``data``, ``forward``, ``backward``, ``communication`` where there
-            are several ranks, ``optimizer``, ``average``.
+            are several ranks, ``optimizer``, ``average``; of several turns each has its own, ``TURN: forward``.
 
     Raises:
         ValueError: if the turns do not share out the trainable parameters, an optimizer's turn does not exist,
@@ -101,7 +103,7 @@ class Trainer:
             train_data, share * options.accumulate, seed, self.ranks.rank, self.ranks.size, num_workers
         )
         self.generators = Generators(seed, self.ranks.rank)
-        self.turns = make_turns(task, options, self.ranks)
+        self.turns = make_turns(task, options, self.ranks, self.device)
         decay = options.ema_decay
         self.average = None if decay is None else ExponentialMovingAverage(task.model, decay)
         self.frozen = frozen_digests(task)
@@ -134,6 +136,7 @@ class Trainer:
             CheckpointError: if there are checkpoints that this task cannot continue.
         """
         step = self._resume()
+        self._tell_precision()
         train_mode(self.task)
         self.stopwatch.start(step)
         try:
@@ -153,6 +156,10 @@ class Trainer:
             self.records.close()
         return Outcome("finished", step)
 
+    def train_on(self, data: ImageData) -> None:
+        """Train on as many images that were prepared for the task, in place of those that it was built with."""
+        self.stream.data = data
+
     def take_over(self) -> Inheritance | None:
         """Load the weights that ``train.init_from`` names, if it does; ``fit`` calls it where there is no checkpoint.
 
@@ -165,6 +172,16 @@ class Trainer:
                 self.average.load_state_dict(live_state(self.task.model))
         return self._inheritance
 
+    def _tell_precision(self) -> None:
+        dtype = self.options.dtype(self.device)
+        if self.options.precision == "auto":
+            self.records.say(f"train.precision is auto: matrix products are in {str(dtype).removeprefix('torch.')}")
+        elif dtype == torch.bfloat16 and not has_fast_bfloat16(self.device):
+            self.records.say(
+                "train.precision is bfloat16, for which this machine has no instructions, so that it is many times "
+                "slower than float32: train.precision=auto takes what is fast"
+            )
+
     def _train(self, step: int) -> None:
         """One step: every due turn, then the moving average."""
         self.measured = {}
@@ -174,8 +191,9 @@ class Trainer:
             batches = micro_batches(self._on_device(batch), self.options.accumulate)
             context = Context(step, step / self.options.max_steps, self.generators)
             for training in self.turns:
+                phase = self.phase if len(self.turns) == 1 else partial(self._phase_of, training.turn.name)
                 for update in range(training.turn.updates if training.turn.is_due(step) else 0):
-                    numbers = training.take(self.task, batches, replace(context, update=update), self.phase)
+                    numbers = training.take(self.task, batches, replace(context, update=update), phase)
                     self.means.add({f"{training.turn.name}/{name}": value for name, value in numbers.items()})
             learn_between_steps(self.task, self.ranks)
             if self.ranks.size > 1:  # what layers have learned of their own rank's images
@@ -184,6 +202,9 @@ class Trainer:
                 with self.phase("average"):
                     self.average.update(self.task.model, step)
         self._tell_broken(self.stream.broken)
+
+    def _phase_of(self, turn: str, name: str) -> AbstractContextManager[object]:
+        return self.phase(f"{turn}: {name}")
 
     def _log(self, step: int) -> None:
         values = self.means.take()
@@ -311,11 +332,12 @@ class Trainer:
         self.means.load_state_dict(state["means"])
 
     def _on_device(self, batch: Batch) -> Batch:
-        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        return replace(batch, images=batch.images.to(self.device, non_blocking=True), labels=labels)
+        return batch.to(self.device)
 
 
-def make_turns(task: Task, options: Training, ranks: Ranks | None = None) -> list[TurnTraining]:
+def make_turns(
+    task: Task, options: Training, ranks: Ranks | None = None, device: torch.device | None = None
+) -> list[TurnTraining]:
     """The task's turns, each with its parameters, optimizer and schedule.
 
     Raises:
@@ -339,7 +361,7 @@ def make_turns(task: Task, options: Training, ranks: Ranks | None = None) -> lis
             options.turn_optimizers.get(turn.name, options.optimizer)(parameters=shares[turn.name]),
             options.schedule(max_steps=options.max_steps),
             options.clip_norm,
-            autocast=options.precision == "bfloat16",
+            autocast=options.dtype(device or torch.device("cpu")) == torch.bfloat16,
             ranks=ranks or Ranks(),
         )
         for turn in task.turns

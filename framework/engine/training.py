@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from framework.config.registry import Factory
 from framework.engine.checkpoint import Best
 from framework.engine.init_from import InitFrom
 from framework.engine.optimizers import Optimizer
 from framework.engine.schedules import Schedule
+from framework.runtime.precision import has_fast_bfloat16
 
 
 class Training:
@@ -21,7 +24,8 @@ class Training:
         schedule: factor on the learning rates, step by step.
         turn_optimizers: optimizers by turn name, such as ``{discriminator: {name: AdamW, lr: 1e-4}}``.
         clip_norm: gradients of a turn whose norm is larger are scaled down to it; ``null`` for no clipping.
-        precision: of matrix products and the like (autocast); weights and averages stay float32.
+        precision: of matrix products and the like (autocast); weights and averages stay float32. ``auto`` takes
+            bfloat16 where the machine has instructions for it, else float32; the log and ``run.json`` say which.
         ema_decay: decay a step of the weights' moving average, in [0, 1); ``null`` for none.
         log_every: steps between lines of metrics; losses are means over these steps.
         validate_every: steps between validations, with averaged weights where there are some.
@@ -52,7 +56,7 @@ class Training:
         schedule: Factory[Schedule],
         turn_optimizers: dict[str, Factory[Optimizer]] | None = None,
         clip_norm: float | None = 1.0,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Literal["auto", "float32", "bfloat16"] = "float32",
         ema_decay: float | None = 0.999,
         log_every: int = 20,
         validate_every: int = 250,
@@ -95,3 +99,10 @@ class Training:
         self.compile = compile
         self.freeze = freeze
         self.init_from = init_from
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What matrix products are computed in on a device."""
+        chosen = self.precision
+        if chosen == "auto":
+            chosen = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        return torch.bfloat16 if chosen == "bfloat16" else torch.float32

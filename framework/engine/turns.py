@@ -51,11 +51,10 @@ def freeze(task: Task, globs: Sequence[str]) -> None:
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """A batch in ``count`` equal parts, in its order."""
+    if count == 1:
+        return [batch]
     size = len(batch.images) // count
-    cuts = [slice(start, start + size) for start in range(0, size * count, size)]
-    labels = [None if batch.labels is None else batch.labels[cut] for cut in cuts]
-    parts = zip(cuts, labels, strict=True)
-    return [Batch(batch.images[cut], batch.keys[cut], batch.groups[cut], own) for cut, own in parts]
+    return [batch.select(range(start, start + size)) for start in range(0, size * count, size)]
 
 
 def share_parameters(task: Task) -> dict[str, NamedParameters]:

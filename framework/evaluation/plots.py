@@ -6,7 +6,7 @@ Shapes: images (3, h, w) in [0, 1], on the CPU.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -42,13 +42,19 @@ SHEET_WIDTH = 1600
 """Pixels at most: wide enough for a README."""
 
 
-def plot_rate_distortion(curves: Mapping[str, RateDistortion], baseline: RateDistortion | None, path: Path) -> None:
+def plot_rate_distortion(
+    curves: Mapping[str, RateDistortion],
+    baseline: RateDistortion | None,
+    path: Path,
+    floor: RateDistortion | None = None,
+) -> None:
     """Error and quality pass rate against kept tokens, as a PNG.
 
     Args:
         curves: by the name in the legend; the first also shows its interval and some of its images.
         baseline: principal components at equal floats, if they were fitted.
         path: where to write.
+        floor: of the space that the first curve's tokenizer works in, if there is one.
     """
     figure = Figure(figsize=(16, 7), dpi=DOTS_PER_INCH, layout="constrained")
     error_axes, rate_axes = figure.subplots(1, 2)
@@ -65,6 +71,9 @@ def plot_rate_distortion(curves: Mapping[str, RateDistortion], baseline: RateDis
     if baseline is not None:
         means = baseline.errors.mean(0)
         error_axes.plot(baseline.lengths, means, "--", color="black", linewidth=2, label="PCA, equal floats")
+    if floor is not None:
+        name = "floor: the autoencoder alone"
+        error_axes.axhline(floor.errors.mean().item(), linestyle=":", color="black", linewidth=2, label=name)
     error_axes.set_yscale("log")
     error_axes.set_ylabel("mean squared error, pixels in [0, 1]", size=15)
     error_axes.set_title("Reconstruction error, mean over images", loc="left", size=18)
@@ -192,23 +201,61 @@ def plot_tiled_photograph(photograph: Tensor, tokenizer: Tokenizer, lengths: Seq
         lengths: tokens kept of every tile.
         path: where to write.
     """
-    image_size = tokenizer.image_size
-    photograph = fit_tiles(photograph, image_size)
-    columns = photograph.shape[2] // image_size
-    tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=image_size, w=image_size)
-    device = next(tokenizer.parameters()).device
-    chunks = [torch.stack(list(reconstructions(tokenizer, chunk.to(device), lengths))) for chunk in tiles.split(64)]
-    rebuilt = torch.cat(chunks, dim=1).float().cpu()
-    cells = [
-        photograph,
-        *rearrange(rebuilt, "l (rows columns) c h w -> l c (rows h) (columns w)", columns=columns),
-    ]
-    captions = [f"original\n{count(len(tiles), 'tile')} of {image_size} x {image_size}"]
-    for length, cell in zip(lengths, cells[1:], strict=True):
-        total = f"{length * len(tiles):,} in all"
+    photograph = fit_tiles(photograph, tokenizer.image_size)
+    rebuilt = _by_tokenizer(photograph, tokenizer, lengths)
+    num_tiles = photograph[0].numel() // tokenizer.image_size**2
+    captions = [f"original\n{count(num_tiles, 'tile')} of {tokenizer.image_size} x {tokenizer.image_size}"]
+    for length, cell in zip(lengths, rebuilt, strict=True):
+        total = f"{length * num_tiles:,} in all"
         captions.append(f"{count(length, 'token')} a tile\n{total}, {psnr_of(photograph, cell):.1f} dB")
-    per_row = 2 if photograph.shape[2] >= photograph.shape[1] else len(cells)
-    write_rows(cells, captions, per_row, path)
+    per_row = 2 if photograph.shape[2] >= photograph.shape[1] else 1 + len(rebuilt)
+    write_rows([photograph, *rebuilt], captions, per_row, path)
+
+
+def plot_tiled_by_all(
+    photograph: Tensor, tokenizers: Mapping[str, Tokenizer], lengths: Sequence[int], path: Path
+) -> None:
+    """One photograph rebuilt tile by tile by several tokenizers, one a row, at each length.
+
+    Args:
+        photograph: ``(3, h, w)``; fitted to the tiles of the first tokenizer, and to those of each other.
+        tokenizers: by name, in eval mode.
+        lengths: tokens kept of every tile; a tokenizer with fewer keeps all it has.
+        path: where to write.
+    """
+    rows, captions = [], []
+    largest = max(tokenizer.image_size for tokenizer in tokenizers.values())
+    photograph = fit_tiles(photograph, largest)
+    for name, tokenizer in tokenizers.items():
+        original = fit_tiles(photograph, tokenizer.image_size)
+        kept = [min(length, tokenizer.num_tokens) for length in lengths]
+        rebuilt = _by_tokenizer(original, tokenizer, kept)
+        rows.append([original, *rebuilt])
+        cells = zip(kept, rebuilt, strict=True)
+        numbers = [f"{count(length, 'token')}, {psnr_of(original, cell):.1f} dB" for length, cell in cells]
+        captions.append(["original", *(f"{name}\n{text}" for text in numbers)])
+        captions[-1][0] += "\n"
+    _write_sheet(rows, captions, [], path)
+
+
+def by_tiles(photograph: Tensor, size: int, rebuild: Callable[[Tensor], Iterable[Tensor]]) -> list[Tensor]:
+    """A photograph of whole tiles, rebuilt in one or more ways, in chunks: the cost grows with its area alone.
+
+    Args:
+        photograph: ``(3, h, w)``.
+        size: side of a tile.
+        rebuild: tiles ``(b, 3, size, size)`` -> their reconstructions, one ``(b, 3, size, size)`` for each way.
+    """
+    columns = photograph.shape[2] // size
+    tiles = rearrange(photograph, "c (rows h) (columns w) -> (rows columns) c h w", h=size, w=size)
+    rebuilt = torch.cat([torch.stack(list(rebuild(chunk))).float().cpu() for chunk in tiles.split(64)], dim=1)
+    return list(rearrange(rebuilt, "l (rows columns) c h w -> l c (rows h) (columns w)", columns=columns))
+
+
+def _by_tokenizer(photograph: Tensor, tokenizer: Tokenizer, lengths: Sequence[int]) -> list[Tensor]:
+    """At each length."""
+    size, device = tokenizer.image_size, next(tokenizer.parameters()).device
+    return by_tiles(photograph, size, lambda tiles: reconstructions(tokenizer, tiles.to(device), lengths))
 
 
 def fit_tiles(photograph: Tensor, size: int) -> Tensor:

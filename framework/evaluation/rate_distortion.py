@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
 from framework.evaluation.tables import columns_text
+from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
+from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
 
 Errors = Callable[[Tensor, Sequence[int]], Tensor]
 """Images ``(b, 3, h, w)`` and lengths -> squared errors ``(b, l)``."""
+
+Numbers = Callable[[Tensor, Sequence[int]], Mapping[str, Tensor]]
+"""The same, with other distances of the same reconstructions beside the squared errors, which are ``mse``."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, the images done and the images in all."""
@@ -41,6 +46,9 @@ DEFINITIONS = {
     "tokens: those behind it, which together lower the mean error by no more. Where the lengths just below were not "
     "measured, more may be idle; null where the length of all tokens was not measured",
     "kinds": "count: images of this kind; per_length: mse over these alone",
+    "distances": "other distances, if any were asked for, are means over images, with intervals as of mse; the "
+    "protocol says of each what it is",
+    "floor": "of a tokenizer that works in an autoencoder's space: images that only go through that and back",
 }
 IDLE_TOLERANCE = 0.01
 
@@ -67,6 +75,7 @@ class RateDistortion:
         groups: the photograph that each image was cut from.
         protocol: how the errors were measured.
         kinds: what sort of image each one is, where the data set tells.
+        distances: other distances ``(i, l)`` float64, by name; the protocol says what each is.
     """
 
     errors: Tensor
@@ -75,6 +84,7 @@ class RateDistortion:
     groups: tuple[str, ...]
     protocol: Mapping[str, object]
     kinds: tuple[str, ...] | None = None
+    distances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def intervals(self) -> Tensor:
@@ -86,7 +96,7 @@ class RateDistortion:
         falling = (self.errors[:, 1:] < self.errors[:, :-1]).double()
         every_step = self.lengths == tuple(range(1, len(self.lengths) + 1)) and len(self.lengths) > 1
         shares = [None, *falling.mean(0).tolist()]
-        columns = zip(self.lengths, self.errors.T, self.intervals.T, shares, strict=True)
+        columns = zip(self.lengths, self.errors.T, self.intervals.T, shares, self._distances_at(), strict=True)
         return {
             "protocol": dict(self.protocol),
             "per_length": [
@@ -99,11 +109,22 @@ class RateDistortion:
                     "psnr": psnr(errors).mean().item(),
                     "rqpr": {str(threshold): rqpr(errors, threshold).item() for threshold in THRESHOLDS},
                     "share_falling": share,
+                    **others,
                 }
-                for length, errors, interval, share in columns
+                for length, errors, interval, share, others in columns
             ],
             "share_falling_over_single_steps": falling.mean().item() if every_step else None,
         }
+
+    def _distances_at(self) -> list[dict[str, object]]:
+        """For each length, the mean of each distance and its interval."""
+        found: list[dict[str, object]] = [{} for _ in self.lengths]
+        for name, values in self.distances.items():
+            for at, mean, interval in zip(
+                found, values.mean(0).tolist(), mean_intervals(values, self.groups).T.tolist(), strict=True
+            ):
+                at |= {name: mean, f"{name}_interval": interval}
+        return found
 
     def by_kind(self) -> dict[str, dict[str, Any]]:
         """``count`` and, for each length, ``mse`` of each kind of image; empty without kinds."""
@@ -131,7 +152,8 @@ class RateDistortion:
         metrics = {"definitions": DEFINITIONS, "rate_distortion": self.summary(), **(sections or {})}
         columns: dict[str, Sequence[object]] = {"key": self.keys, "group": self.groups}
         columns |= {} if self.kinds is None else {"kind": self.kinds}
-        columns |= dict(zip((f"mse@{length}" for length in self.lengths), self.errors.T.tolist(), strict=True))
+        for name, values in {"mse": self.errors, **self.distances}.items():
+            columns |= dict(zip((f"{name}@{length}" for length in self.lengths), values.T.tolist(), strict=True))
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
         write_text(folder / "per_image.csv", columns_text(columns))
         return metrics
@@ -207,11 +229,29 @@ def measure(
     record: Mapping[str, object] | None = None,
     progress: Progress | None = None,
 ) -> RateDistortion:
+    """``measure_all`` of squared errors alone."""
+
+    def numbers(images: Tensor, lengths: Sequence[int]) -> Mapping[str, Tensor]:
+        return {"mse": errors(images, lengths)}
+
+    return measure_all(name, numbers, data, lengths, limit, batch_size, record, progress)
+
+
+def measure_all(
+    name: str,
+    numbers: Numbers,
+    data: ImageData,
+    lengths: Sequence[int],
+    limit: int | None = None,
+    batch_size: int = 64,
+    record: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> RateDistortion:
     """Errors of a data set's images, or of a fixed random subset of ``limit``, at each length.
 
     Args:
         name: what is measured, for messages and progress.
-        errors: measures a batch.
+        numbers: measures a batch.
         data: images that were not trained on.
         lengths: kept tokens, increasing.
         record: which weights these are; goes into the protocol.
@@ -224,15 +264,15 @@ def measure(
     if list(lengths) != sorted(set(lengths)) or not lengths:
         raise ValueError(f"lengths must increase, got {list(lengths)}; try {sorted(set(lengths)) or [1]}")
     total = len(data) if limit is None else min(limit, len(data))
-    measured: list[Tensor] = []
+    measured: list[dict[str, Tensor]] = []
     keys: list[str] = []
     groups: list[str] = []
     kinds: list[str] = []
     batches = Sequential(data, batch_size, limit)
     for batch in batches:
-        batch_errors = errors(batch.images, lengths).cpu().double()
-        _refuse_non_finite(name, batch_errors, batch.keys, lengths)
-        measured.append(batch_errors)
+        measured.append({metric: values.cpu().double() for metric, values in numbers(batch.images, lengths).items()})
+        for values in measured[-1].values():
+            _refuse_non_finite(name, values, batch.keys, lengths)
         keys += batch.keys
         groups += batch.groups
         kinds += batch.kinds or []
@@ -253,8 +293,9 @@ def measure(
         "lengths": list(lengths),
         "weights": dict(record or {}),
     }
-    named = tuple(kinds) or None
-    return RateDistortion(torch.cat(measured), tuple(lengths), tuple(keys), tuple(groups), protocol, named)
+    table = {metric: torch.cat([values[metric] for values in measured]) for metric in measured[0]}
+    errors, named = table.pop("mse"), tuple(kinds) or None
+    return RateDistortion(errors, tuple(lengths), tuple(keys), tuple(groups), protocol, named, table)
 
 
 def _refuse_non_finite(name: str, errors: Tensor, keys: Sequence[str], lengths: Sequence[int]) -> None:
@@ -276,14 +317,61 @@ def rate_distortion(
     batch_size: int = 64,
     record: Mapping[str, object] | None = None,
     progress: Progress | None = None,
+    distances: Mapping[str, PerceptualLoss] | None = None,
 ) -> RateDistortion:
-    """Errors of a tokenizer in eval mode; see ``measure``. Lengths are ``default_lengths`` unless given."""
+    """Errors of a tokenizer in eval mode, and other ``distances`` by name; see ``measure_all``.
 
-    def errors(images: Tensor, lengths: Sequence[int]) -> Tensor:
-        return tokenizer_errors(tokenizer, images, lengths)
+    Lengths are ``default_lengths`` unless given.
+    """
+    device = next(tokenizer.parameters()).device
+
+    def numbers(images: Tensor, lengths: Sequence[int]) -> Mapping[str, Tensor]:
+        return _numbers(images.to(device), reconstructions(tokenizer, images.to(device), lengths), distances or {})
 
     lengths = default_lengths(tokenizer.num_tokens) if lengths is None else lengths
-    return measure("tokenizer", errors, data, lengths, limit, batch_size, record, progress)
+    curve = measure_all("tokenizer", numbers, data, lengths, limit, batch_size, record, progress)
+    return replace(curve, protocol=dict(curve.protocol) | distance_protocols(distances or {}))
+
+
+def space_floor(
+    space: ImageSpace,
+    data: ImageData,
+    limit: int | None = None,
+    batch_size: int = 64,
+    record: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+    distances: Mapping[str, PerceptualLoss] | None = None,
+) -> RateDistortion:
+    """Errors of images that only go through a space and back, which nothing that predicts its values falls below.
+
+    Its one length is the number of the space's positions.
+    """
+    device = next(space.parameters()).device
+
+    def numbers(images: Tensor, lengths: Sequence[int]) -> Mapping[str, Tensor]:
+        images = images.to(device)
+        return _numbers(images, [space.decode(space.encode(images)).clamp(0, 1)], distances or {})
+
+    positions = (data.image_size // space.downsampling) ** 2
+    floor = measure_all("autoencoder", numbers, data, [positions], limit, batch_size, record, progress)
+    return replace(floor, protocol=dict(floor.protocol) | distance_protocols(distances or {}))
+
+
+def _numbers(
+    images: Tensor, rebuilt: Iterable[Tensor], distances: Mapping[str, PerceptualLoss]
+) -> dict[str, Tensor]:
+    """By metric, the numbers of each image and reconstruction: ``(b, l)``."""
+    columns: dict[str, list[Tensor]] = {"mse": [], **{name: [] for name in distances}}
+    for reconstruction in rebuilt:
+        columns["mse"].append(squared_error(images, reconstruction))
+        for name, distance in distances.items():
+            columns[name].append(distance.distances(reconstruction, images))
+    return {name: torch.stack(column, dim=1) for name, column in columns.items()}
+
+
+def distance_protocols(distances: Mapping[str, PerceptualLoss]) -> dict[str, object]:
+    """What a protocol says of distances beside the squared error."""
+    return {"distances": {name: distance.protocol() for name, distance in distances.items()}} if distances else {}
 
 
 def validation_errors(

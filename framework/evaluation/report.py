@@ -16,7 +16,13 @@ from framework.data.stream import Sequential, subset
 from framework.evaluation.codebook import CodebookStatistics
 from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
 from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
-from framework.evaluation.plots import plot_codebook, plot_rate_distortion, plot_reconstructions, plot_tiled_photograph
+from framework.evaluation.plots import (
+    plot_codebook,
+    plot_rate_distortion,
+    plot_reconstructions,
+    plot_tiled_by_all,
+    plot_tiled_photograph,
+)
 from framework.evaluation.rate_distortion import (
     Progress,
     RateDistortion,
@@ -25,8 +31,10 @@ from framework.evaluation.rate_distortion import (
     measure,
     rate_distortion,
     reconstructions,
+    space_floor,
 )
 from framework.evaluation.tables import markdown
+from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -42,6 +50,7 @@ def evaluate_tokenizer(
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    distances: Mapping[str, PerceptualLoss] | None = None,
 ) -> dict[str, object]:
     """Measure a tokenizer on held-out images and leave the results in a folder.
 
@@ -57,6 +66,7 @@ def evaluate_tokenizer(
         lengths: kept tokens, increasing; ``default_lengths`` if not given.
         limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
+        distances: measured beside the squared error, by name.
 
     Returns:
         The contents of ``metrics.json``.
@@ -64,14 +74,19 @@ def evaluate_tokenizer(
     Raises:
         ValueError: see ``measure`` and ``tokenizer_errors``.
     """
-    curve = rate_distortion(tokenizer, data, lengths, limit, record=record, progress=progress)
+    curve = rate_distortion(
+        tokenizer, data, lengths, limit, record=record, progress=progress, distances=distances
+    )
     baseline = _principal_components(curve, tokenizer.token_dim, data, train_data, limit, progress)
     if baseline is not None:
         summary, note = baseline.summary(), "PCA keeps as many components as the tokens have floats."
     else:
-        reason = "no training images" if train_data is None else f"images of {_num_values(data)} values"
+        reason = "not asked for" if train_data is None else f"images of {_num_values(data)} values"
         summary, note = None, f"No PCA baseline: {reason}."
     sections: dict[str, Any] = {"idle_tail": curve.idle_tail(tokenizer.num_tokens)}
+    floor = _floor(tokenizer, data, limit, progress, distances)
+    if floor is not None:
+        sections["floor"] = floor.summary()
     if kinds := curve.by_kind():
         sections["kinds"] = kinds
     if (vocabulary := tokenizer.quantizer.vocabulary) is not None:
@@ -85,8 +100,8 @@ def evaluate_tokenizer(
         if baseline is not None:
             note += f" Equal floats are not equal bits: a token is {bits}, while PCA's {floats}."
     metrics = curve.save(folder, sections | {"pca": summary, "pca_note": note})
-    write_text(folder / "table.md", _table(curve, baseline, metrics))
-    plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png")
+    write_text(folder / "table.md", _table(curve, baseline, metrics, distances or {}))
+    plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png", floor)
 
     indices = {data.key(index): index for index in subset(len(data), limit)}
     images = data.fetch([indices[curve.keys[row]] for row in spread_images(curve)], epoch=0).images
@@ -106,8 +121,9 @@ def compare_tokenizers(
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    distances: Mapping[str, PerceptualLoss] | None = None,
 ) -> None:
-    """Measure several tokenizers on the same images; leave one plot, ``comparison.png``, and ``comparison.md``.
+    """Measure several tokenizers on the same images; leave ``comparison.md``, its plot, and one photograph by all.
 
     Args:
         tokenizers: by name, in eval mode; lengths and the PCA baseline follow the first.
@@ -117,6 +133,7 @@ def compare_tokenizers(
         lengths: kept tokens, increasing; ``default_lengths`` of the first tokenizer if not given.
         limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
+        distances: measured beside the squared error, by name.
 
     Raises:
         ValueError: see ``measure`` and ``tokenizer_errors``.
@@ -124,16 +141,42 @@ def compare_tokenizers(
     first = next(iter(tokenizers.values()))
     lengths = default_lengths(first.num_tokens) if lengths is None else lengths
     curves = {
-        name: rate_distortion(tokenizer, data, lengths, limit, progress=progress)
+        name: rate_distortion(tokenizer, data, lengths, limit, progress=progress, distances=distances)
         for name, tokenizer in tokenizers.items()
     }
-    baseline = _principal_components(next(iter(curves.values())), first.token_dim, data, train_data, limit, progress)
+    shown = next(iter(curves.values()))
+    baseline = _principal_components(shown, first.token_dim, data, train_data, limit, progress)
+    every = curves if baseline is None else curves | {"PCA, equal floats": baseline}
     rows = [["MSE x 1000 at tokens", *map(str, lengths)]]
-    for name, curve in (curves if baseline is None else curves | {"PCA, equal floats": baseline}).items():
+    for name, curve in every.items():
         rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
-    scope = f"{_images(next(iter(curves.values())))}; pixels in [0, 1]; {data.protocol()}"
-    write_text(folder / "comparison.md", f"{markdown(rows, num_words=1)}\n{scope}\n")
+    texts = [markdown(rows, num_words=1)]
+    for metric, distance in (distances or {}).items():
+        rows = [[f"{distance.extractor.title} at tokens", *map(str, lengths)]]
+        for name, curve in curves.items():
+            rows.append([name, *(f"{value:.3g}" for value in curve.distances[metric].mean(0).tolist())])
+        texts.append(markdown(rows, num_words=1))
+    texts.append(f"{_images(shown)}; pixels in [0, 1]; {data.protocol()}\n")
+    write_text(folder / "comparison.md", "\n".join(texts))
     plot_rate_distortion(curves, baseline, folder / "comparison.png")
+    photograph = choose_photograph(data, shown.groups)
+    plot_tiled_by_all(photograph, tokenizers, few_lengths(first.num_tokens)[-2:], folder / "photograph.png")
+
+
+def _floor(
+    tokenizer: Tokenizer,
+    data: ImageData,
+    limit: int | None,
+    progress: Progress | None,
+    distances: Mapping[str, PerceptualLoss] | None,
+) -> RateDistortion | None:
+    """What the output space alone loses; ``None`` of pixels, and of a space that cannot encode."""
+    if tokenizer.output_space.is_lossless:
+        return None
+    try:
+        return space_floor(tokenizer.output_space, data, limit, progress=progress, distances=distances)
+    except TypeError:
+        return None
 
 
 def _num_values(data: ImageData) -> int:
@@ -166,12 +209,18 @@ def _principal_components(
     return measure("PCA baseline", errors, data, curve.lengths, limit, record=record, progress=progress)
 
 
-def _table(curve: RateDistortion, baseline: RateDistortion | None, metrics: Mapping[str, Any]) -> str:
+def _table(
+    curve: RateDistortion,
+    baseline: RateDistortion | None,
+    metrics: Mapping[str, Any],
+    distances: Mapping[str, PerceptualLoss],
+) -> str:
     """The summary as a Markdown table, and what else there is to say."""
+    titles = [distance.extractor.title for distance in distances.values()]
     rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
     codebook = metrics.get("codebook")
     header = ["tokens", *(["bits"] if codebook else []), "MSE x 1000", "95% interval", "PSNR, dB"]
-    rows = [[*header, *rates, "falls", "PCA, MSE x 1000"]]
+    rows = [[*header, *rates, *titles, "falls", "PCA, MSE x 1000"]]
     for column, (length, errors) in enumerate(zip(curve.lengths, curve.errors.T, strict=True)):
         low, high = (1000 * curve.intervals[:, column]).tolist()
         falls = (errors < curve.errors[:, column - 1]).double().mean().item()
@@ -184,12 +233,17 @@ def _table(curve: RateDistortion, baseline: RateDistortion | None, metrics: Mapp
                 f"{low:.3g} to {high:.3g}",
                 f"{psnr(errors).mean().item():.2f}",
                 *(f"{rqpr(errors, threshold).item():.0%}" for threshold in THRESHOLDS),
+                *(f"{curve.distances[name][:, column].mean().item():.3g}" for name in distances),
                 f"{falls:.0%}" if column else "",
                 pca,
             ]
         )
     scope = f"{_images(curve)}; pixels in [0, 1]; definitions in metrics.json."
     texts = [markdown(rows, num_words=0), f"{scope} {metrics['pca_note']}\n"]
+    if "floor" in metrics:
+        (at,) = metrics["floor"]["per_length"]
+        others = "".join(f", {title} {at[name]:.3g}" for name, title in zip(distances, titles, strict=True))
+        texts.append(f"The floor, images through the output space alone: MSE x 1000 {1000 * at['mse']:.3g}{others}.\n")
     if codebook:
         texts.append(_codebook_text(codebook))
     if (tail := metrics["idle_tail"]) and tail["tokens"]:

@@ -33,9 +33,9 @@ RULES = [
 
 def import_ldm(state: Mapping[str, Tensor]) -> Imported:
     """LDM's autoencoder. VA-VAE's file of latents' statistics, ``mean`` and ``std``, may be given with it."""
-    rules = [*RULES, (r"^(mean|std)$", r"latent_\1")]
+    rules = [*RULES, (r"^(mean|std)$", r"statistics.\1")]
     weights, dropped = renamed(state, rules, ["loss.", "foundation_model.", "linear_proj."])
-    weights |= {name: value.flatten() for name, value in weights.items() if name in ("latent_mean", "latent_std")}
+    weights |= {name: value.flatten() for name, value in weights.items() if name.startswith("statistics.")}
     node = {"name": "AutoencoderKL", **_shape(state), **_attention(state)}
     node["latent_channels"] = state["decoder.conv_in.weight"].shape[1]
     return Imported("tokenizer.input_space", node, weights, dropped)

@@ -26,17 +26,18 @@ def named(**layers: nn.Module) -> nn.Sequential:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm in 32 groups.
+    """GroupNorm in 32 groups, as in all published models; of fewer than 32 channels, in groups of four.
 
     Raises:
         ValueError: if the channels cannot be grouped so.
     """
-    if channels % GROUPS:
+    groups = GROUPS if channels >= GROUPS else max(channels // 4, 1)
+    if channels % groups or (channels < GROUPS and channels % 4):
         raise ValueError(
             f"channels are normalised in {GROUPS} groups, into which {channels} cannot be cut: make width times each "
-            f"multiplier a multiple of {GROUPS}"
+            f"multiplier a multiple of {GROUPS}, or one of 4 below that"
         )
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, bias: bool = True) -> nn.Conv2d:

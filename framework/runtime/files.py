@@ -76,6 +76,34 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+@contextmanager
+def growing_file(path: Path, start: bytes) -> Iterator[BinaryIO]:
+    """A file that is appended to, for work that takes long; it takes its name, durably, at the end of the block.
+
+    Unlike ``new_file`` an error or a kill leaves what was written, and the next block goes on behind it. The block
+    finds the file's position at its end, and may truncate it.
+
+    Args:
+        start: what the file begins with; something else there is removed first.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + PARTIAL)
+    with _naming(path), open(temporary, "a+b") as file:
+        file.seek(0)
+        if file.read(len(start)) != start:
+            file.truncate(0)
+            _write(file, start)
+        file.seek(0, os.SEEK_END)
+        yield file
+        file.flush()
+        _fsync(file.fileno())
+    _replace(temporary, path)
+    sync(path.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file, as ``new_file`` does."""
     with new_file(path) as file:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from framework.config.registry import Registry
 from framework.data.interface import Batch, ImageData
+from framework.losses.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,25 @@ class Report:
 
     Args:
         data: held-out images.
-        train_data: for baselines that must be fitted.
+        train_data: for baselines that must be fitted; ``None`` for none.
         folder: where everything goes.
         record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
         lengths: kept tokens to measure; a spread of them unless given.
         limit: measure a fixed random subset of so many images.
         progress: told the name of a stage, how much of it is done, and how much there is.
         histories: the lines of the ``metrics.jsonl`` of each run that is asked about, by the run's name.
+        distances: perceptual distances to measure beside the squared error, by name.
     """
 
     data: ImageData
-    train_data: ImageData
+    train_data: ImageData | None
     folder: Path
     record: Mapping[str, object]
     lengths: Sequence[int] | None = None
     limit: int | None = None
     progress: Callable[[str, int, int], None] | None = None
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    distances: Mapping[str, PerceptualLoss] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):
@@ -103,7 +106,7 @@ class Task(nn.Module, ABC):
     def model(self) -> nn.Module:
         """What a run is for: what the moving average follows and ``framework.load`` returns."""
 
-    def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> None:  # noqa: B027
+    def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> ImageData:
         """Called once before training, for what is computed of all training images beforehand.
 
         Args:
@@ -111,9 +114,13 @@ class Task(nn.Module, ABC):
             cache: a folder that runs share, for files that are named by what they were computed of; may not exist.
             progress: as in ``Report``.
 
+        Returns:
+            What to train on: the same images, perhaps with something beside them.
+
         Raises:
             ValueError: if the images do not fit the task.
         """
+        return data
 
     @abstractmethod
     def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:

@@ -90,15 +90,16 @@ class TrainAllocation(AllocationTask):
         self._validated: dict[tuple[str, ...], ErrorTable] = {}
         self._outlooks: dict[tuple[str, ...], Outlook] = {}  # of a step's micro-batches
 
-    def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> None:
+    def prepare(self, data: ImageData, cache: Path, progress: Callable[[str, int, int], None]) -> ImageData:
         """Make the error table of the training images, or find it in ``cache``."""
         if self.objective is None or self.distortions == "online":
-            return
+            return data
 
         def tell(done: int) -> None:
             progress("error table", done, len(data))
 
         self.table = ErrorTable.cached(cache, self.tokenizer, data, self.adaptive.policy.budgets, self.fidelity, tell)
+        return data
 
     def forward(self, batch: Batch, turn: str, context: Context) -> StepOutput:
         """The objective's losses, with draws from the generator ``budgets``."""

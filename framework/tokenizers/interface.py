@@ -24,16 +24,33 @@ from framework.tokens import Tokens
 Contract = Literal["truncate", "length_conditioned", "growing"]
 
 
+@dataclass(frozen=True)
+class SpaceReconstruction:
+    """What training a space's own networks reads.
+
+    Args:
+        images: ``(b, 3, height, width)`` in about [0, 1].
+        losses: what the bottleneck costs, named and weighted scalars.
+        metrics: detached scalars that are only logged.
+    """
+
+    images: Tensor
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
 class ImageSpace(nn.Module, ABC):
     """Where a tokenizer reads or writes images: pixels, or a frozen autoencoder's latents.
 
     Attributes:
         channels: c of the space.
         downsampling: pixels per step of the space's grid, so h = image height / downsampling.
+        is_lossless: whether images come back as they were.
     """
 
     channels: int
     downsampling: int
+    is_lossless: bool = False
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -42,6 +59,22 @@ class ImageSpace(nn.Module, ABC):
     @abstractmethod
     def decode(self, values: Tensor) -> Tensor:
         """Values ``(b, c, h, w)`` -> images in [0, 1], overshoot left in, since clamping would stop gradients."""
+
+    def target(self, images: Tensor) -> Tensor:
+        """What losses on predicted values compare them with: the images' own values, unless a space has codes."""
+        return self.encode(images)
+
+    def from_target(self, target: Tensor) -> Tensor:
+        """The values ``(b, c, h, w)`` of images of which only the ``target`` was kept."""
+        return target
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator) -> SpaceReconstruction:
+        """Images ``(b, 3, height, width)`` in [0, 1] through the bottleneck and back, with its noise and its losses.
+
+        Raises:
+            TypeError: if the space has no networks to train.
+        """
+        raise TypeError(f"{type(self).__name__} has no networks to train: take AutoencoderKL or a VQGAN")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class PixelSpace(ImageSpace):
 
     channels = 3
     downsampling = 1
+    is_lossless = True
 
     def encode(self, images: Tensor) -> Tensor:
         """Images ``(b, 3, height, width)`` in [0, 1] -> the same in [-1, 1]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,24 @@ class Reconstruction:
     """What a training pass returns.
 
     Args:
-        images: ``(b, 3, h, w)`` in about [0, 1].
-        tokens: what they were decoded from.
+        values: what the decoder predicts, ``(b, c, h, w)`` of the output space.
+        tokens: what it was predicted from.
+        space: the output space.
         quantizer_losses: scalars by name: the mean over each image's kept tokens, then over images. Dropped tokens
             carry nothing and pay nothing; TiTok has none, and One-D-Piece charges all N whatever it drops.
         quantizer_metrics: the same means of what the quantizer only reports.
     """
 
-    images: Tensor
+    values: Tensor
     tokens: Tokens
+    space: ImageSpace
     quantizer_losses: dict[str, Tensor]
     quantizer_metrics: dict[str, Tensor]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """``(b, 3, h, w)`` in about [0, 1]; decoded when first asked for, which losses on values need not."""
+        return self.space.decode(self.values)
 
 
 class Tokenizer(nn.Module):
@@ -123,10 +131,13 @@ class Tokenizer(nn.Module):
 
         The quantizer's noise, if it has any, is drawn from ``generator``; without one there is none.
         """
-        tokens, quantized, _ = self._encode(images, lengths, generator)
-        rebuilt = self.output_space.decode(self.decoder(tokens))
-        losses, metrics = (_means_over_kept(values, tokens) for values in (quantized.losses, quantized.metrics))
-        return Reconstruction(rebuilt, tokens, losses, metrics)
+        return self.reconstruct(self.input_space.encode(images), lengths, generator)
+
+    def reconstruct(self, values: Tensor, lengths: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        """``forward`` of images whose values ``(b, c, h, w)`` in the input space are known."""
+        tokens, quantized, _ = self._encode(values, lengths, generator)
+        losses, metrics = (_means_over_kept(numbers, tokens) for numbers in (quantized.losses, quantized.metrics))
+        return Reconstruction(self.decoder(tokens), tokens, self.output_space, losses, metrics)
 
     def encode(self, images: Tensor, length: int | Sequence[int] | Tensor | None = None) -> Tokens:
         """Images to tokens.
@@ -145,7 +156,8 @@ class Tokenizer(nn.Module):
     ) -> tuple[Tokens, Tensor]:
         """``encode``, and the encoder's pooled image features ``(b, f)`` of the same pass, which policies read."""
         self._check_images(images)
-        tokens, _, features = self._encode(images, self._lengths(len(images), length, images.device))
+        values = self.input_space.encode(images)
+        tokens, _, features = self._encode(values, self._lengths(len(images), length, images.device))
         return tokens, features
 
     def decode(self, tokens: Tokens) -> Tensor:
@@ -200,9 +212,9 @@ class Tokenizer(nn.Module):
         return copy
 
     def _encode(
-        self, images: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+        self, values: Tensor, lengths: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tokens, Quantized, Tensor]:
-        encoding = self.encoder(self.input_space.encode(images), lengths)
+        encoding = self.encoder(values, lengths)
         quantized = self.quantizer(encoding.latents, generator)
         return Tokens(quantized.latents, lengths, quantized.codes), quantized, encoding.features
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from framework.engine.benchmark import PlainLoop, Time, Times
 from framework.engine.experiment import Experiment, RunOptions
 from framework.engine.optimizers import AdamW, Muon, Optimizer
 from framework.engine.trainer import Trainer
+from framework.losses.adversarial import AdversarialLoss
+from framework.losses.discriminators import BlurPatchDiscriminator
 from framework.losses.reconstruction import PixelLoss
 from framework.runtime.records import JsonLines
 from framework.tasks.train_tokenizer import TrainTokenizer
@@ -56,9 +59,9 @@ def experiment(folder: Path, **changes: Any) -> Experiment:
     return Experiment(
         RunOptions(str(folder / "run"), device="cpu"),
         partial(Data, 4, NoiseImages, NoiseImages, NoiseImages),
-        tokenizer,
         partial(TrainTokenizer, {"pixel": PixelLoss()}),
         training(**changes),
+        tokenizer,
     )
 
 
@@ -112,9 +115,32 @@ def test_the_trainer_logs_and_the_run_directory_is_left_alone(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == [] and ours.train.max_steps == 77
 
 
-def test_the_plain_loop_has_one_optimizer() -> None:
-    with pytest.raises(ValueError, match="the plain loop takes one turn and one update a step, TwoTurnTask"):
-        PlainLoop(TwoTurnTask(), iter([]), training(), 0, CPU)
+def test_the_plain_loop_takes_one_update() -> None:
+    task = TwoTurnTask()
+    task.turns = (*task.turns[:1], replace(task.turns[1], updates=2))
+    with pytest.raises(ValueError, match="the plain loop takes one update on a batch, and not those of TwoTurnTask"):
+        PlainLoop(task, iter([]), training(), 0, CPU)
+
+
+def test_both_loops_take_both_turns_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A discriminator that starts late, with an optimizer of its own."""
+    adversarial = partial(AdversarialLoss, BlurPatchDiscriminator(32, 1), start=2, lecam=0.1)
+    ours = experiment(tmp_path, turn_optimizers={"discriminator": partial(AdamW, lr=1e-2)})
+    ours.task = TrainTokenizer({"pixel": PixelLoss()}, adversarial(), tokenizer=ours.task.model)  # type: ignore[arg-type]
+    start = deepcopy(ours.task.state_dict())
+    loops: list[PlainLoop] = []
+
+    def remember(*arguments: Any) -> PlainLoop:
+        loops.append(PlainLoop(*arguments))
+        return loops[0]
+
+    monkeypatch.setattr(benchmark, "PlainLoop", remember)
+    monkeypatch.setattr(benchmark, "shuffled", lambda data, size, steps, workers: Stream(data, size, seed=0))
+    benchmark.compare_training(ours, rounds=1, steps=2)
+    plain = dict(loops[0].task.named_parameters())
+    for name, value in ours.task.named_parameters():
+        assert not torch.equal(value, start[name]), f"{name} was not trained"
+        torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

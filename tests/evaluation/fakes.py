@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from framework.data.interface import Batch, ImageData
 from framework.tokenizers.interface import Contract, Quantized, Quantizer
 from framework.tokenizers.quantizers.identity import Identity
+from framework.tokenizers.spaces import PixelSpace
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
 
@@ -27,6 +28,7 @@ class BasisTokenizer(nn.Module):
         self.num_tokens = basis.shape[1] // token_dim
         self.contract = contract
         self.quantizer = Identity(token_dim)
+        self.output_space = PixelSpace()
         self.encodings = 0  # calls
         self.decoded = 0  # images
 

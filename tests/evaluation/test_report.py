@@ -137,7 +137,7 @@ def test_tokens_that_do_nothing_are_said(
 def test_missing_baselines_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
     metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, lengths=[8])
-    assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: no training images."
+    assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: not asked for."
     large = FixedImages(torch.rand(3, 3, 40, 40), ["a", "b", "c"])
     wide = basis_tokenizer(torch.full((4800,), 0.5), torch.eye(4800)[:, :2], token_dim=1)
     metrics = evaluate_tokenizer(wide, large, tmp_path, {}, train_data=large)

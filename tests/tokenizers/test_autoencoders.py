@@ -63,16 +63,16 @@ def test_statistics_do_not_depend_on_batches_and_leave_the_images_as_they_were()
     latents = space.encode(IMAGES)
     space.normalise_by([IMAGES])
     other.normalise_by(IMAGES.split([1, 3, 2]))
-    for name in ("latent_mean", "latent_std"):
+    for name in ("statistics.mean", "statistics.std"):
         torch.testing.assert_close(space.get_buffer(name), other.get_buffer(name))
     values = space.encode(IMAGES)
     torch.testing.assert_close(values.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(values.std((0, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
     assert latents.std((0, 2, 3), correction=0).sub(1).abs().amin() > 1e-3
     torch.testing.assert_close(space.decode(values), before, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(space.normalise(space.posterior(IMAGES).mean), values)
+    torch.testing.assert_close(space.statistics(space.posterior(IMAGES).mean), values)
     space.normalise_by([IMAGES])  # of the latents, not of what is already normalised
-    torch.testing.assert_close(space.latent_std, other.latent_std)
+    torch.testing.assert_close(space.statistics.std, other.statistics.std)
     with pytest.raises(ValueError, match="no image"):
         space.normalise_by([])
 
@@ -113,7 +113,7 @@ def test_an_autoencoder_can_be_trained() -> None:
     errors = []
     for step in range(30):
         posterior = space.posterior(IMAGES)
-        values = space.normalise(posterior.sample(torch.Generator().manual_seed(step)))
+        values = space.statistics(posterior.sample(torch.Generator().manual_seed(step)))
         error = (space.decode(values) - IMAGES).square().mean()
         optimizer.zero_grad()
         (error + 1e-6 * posterior.kl().mean()).backward()

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from framework.losses.kl import KLLoss
+from framework.nn.channel_statistics import ChannelStatistics
 from framework.tokenizers.autoencoders.ldm import ldm_networks
-from framework.tokenizers.interface import SPACES, ImageSpace
+from framework.tokenizers.interface import SPACES, ImageSpace, SpaceReconstruction
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,25 @@ class AutoencoderKL(ImageSpace):
     4}``. The official code samples the posterior there; here the same image has the same latents. Log-variances are
     clamped to [-30, 20].
 
-    Each channel's mean and deviation are state beside the weights. They are 0 and 1 until ``normalise_by`` has seen
-    images, or a converted checkpoint brings its own.
+    Each channel's mean and deviation are state beside the weights. They are 0 and 1 until training or ``normalise_by``
+    has seen images, or a converted checkpoint brings its own.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level; the decoder has one more.
         attention_resolutions: sides of the grids on which levels attend, at images of side ``resolution``.
         latent_channels: c.
         resolution: side of the images that the network is made for. It decides only which levels attend: weights
             trained at 256 keep it when images of another size are encoded.
+        kl_weight: of the posterior's divergence from the unit Gaussian when the network is trained, as LDM counts it:
+            it sums both the divergence over an image's latents and the pixel errors over its values, which are means
+            here, so that the divergence is divided by the number of pixel values.
 
     Raises:
         ValueError: if channels cannot be grouped, or no level has a grid of a side that should attend.
     """
-
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(
         self,
@@ -87,34 +89,38 @@ class AutoencoderKL(ImageSpace):
         attention_resolutions: tuple[int, ...] = (16,),
         latent_channels: int = 32,
         resolution: int = 256,
+        kl_weight: float = 1e-6,
     ) -> None:
         super().__init__()
+        self.kl_weight = kl_weight
         self.channels = latent_channels
         self.downsampling = 2 ** (len(multipliers) - 1)
         shape = (width, multipliers, num_res_blocks, attention_resolutions, resolution)
         self.encoder, self.decoder = ldm_networks(2 * latent_channels, latent_channels, *shape)
-        self.register_buffer("latent_mean", torch.zeros(latent_channels))
-        self.register_buffer("latent_std", torch.ones(latent_channels))
+        self.statistics = ChannelStatistics(latent_channels)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Images ``(b, 3, height, width)`` in [0, 1] -> what the encoder says of latents, not normalised, in float32.
-
-        Training an autoencoder reconstructs ``decode(normalise(posterior.sample(generator)))``.
-        """
+        """Images ``(b, 3, height, width)`` in [0, 1] -> its Gaussians of latents, not normalised, in float32."""
         mean, log_variance = self.encoder(images * 2 - 1).float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents ``(b, c, h, w)`` as the posterior has them -> as the space has them."""
-        return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
-
     def encode(self, images: Tensor) -> Tensor:
         """Images ``(b, 3, height, width)`` in [0, 1] -> the posterior's means, normalised, ``(b, c, h, w)``."""
-        return self.normalise(self.posterior(images).mean)
+        return self.statistics(self.posterior(images).mean)
 
     def decode(self, values: Tensor) -> Tensor:
         """Normalised latents ``(b, c, h, w)`` -> images in about [0, 1]."""
-        latents = values * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        return self._to_images(self.statistics.inverse(values))
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator) -> SpaceReconstruction:
+        """Through one draw of the posterior; in training, ``normalise_by`` is not needed afterwards."""
+        posterior = self.posterior(images)
+        self.statistics.collect(posterior.mean)
+        nats = posterior.kl().mean()
+        losses = {"kl": self.kl_weight * nats / images[0].numel()}
+        return SpaceReconstruction(self._to_images(posterior.sample(generator)), losses, {"kl_nats": nats.detach()})
+
+    def _to_images(self, latents: Tensor) -> Tensor:
         return (self.decoder(latents) + 1) / 2
 
     @torch.no_grad()
@@ -124,13 +130,4 @@ class AutoencoderKL(ImageSpace):
         Raises:
             ValueError: if there is no image.
         """
-        count, sums, squares = 0, torch.zeros(()), torch.zeros(())
-        for images in batches:
-            latents = rearrange(self.posterior(images).mean, "b c h w -> c (b h w)").double()
-            count += latents.shape[1]
-            sums, squares = sums + latents.sum(1), squares + latents.square().sum(1)
-        if count == 0:
-            raise ValueError("no image to take the latents' mean and deviation from")
-        mean = sums / count
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
+        self.statistics.measure(self.posterior(images).mean for images in batches)

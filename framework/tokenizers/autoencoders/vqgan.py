@@ -8,13 +8,14 @@ Shapes: b batch, k codes, h and w the grid of codes, d channels of a code.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from framework.nn.conv import MaskGITBlock, conv, down_stages, group_norm, named, stage, up_stages
 from framework.tokenizers.autoencoders.ldm import ldm_networks
-from framework.tokenizers.interface import SPACES, ImageSpace
+from framework.tokenizers.interface import SPACES, ImageSpace, SpaceReconstruction
 from framework.tokenizers.quantizers.vector_quantizer import VectorQuantizer
 
 CERTAIN = 32.0
@@ -52,15 +53,21 @@ class VQGAN(ImageSpace):
         Raises:
             TypeError: without an encoder.
         """
-        if self.encoder is None:
-            raise TypeError(f"this {type(self).__name__} only decodes: it needs encodes: true, and weights for that")
-        latents = self.encoder(images * 2 - 1 if self.signed else images)
-        codes = self.quantizer.latents_to_codes(rearrange(latents.float(), "b d h w -> b (h w) d"))
+        latents = self._latents(images)
+        codes = self.quantizer.latents_to_codes(rearrange(latents, "b d h w -> b (h w) d"))
         return codes.unflatten(1, latents.shape[2:])
 
     def encode(self, images: Tensor) -> Tensor:
         """Images ``(b, 3, height, width)`` in [0, 1] -> scores that are sure of the codes, ``(b, k, h, w)``."""
-        return CERTAIN * rearrange(F.one_hot(self.codes(images), self.channels), "b h w k -> b k h w").float()
+        return self.from_target(self.codes(images))
+
+    def target(self, images: Tensor) -> Tensor:
+        """Codes ``(b, h, w)`` int64, a thousandth of the scores that stand for them."""
+        return self.codes(images)
+
+    def from_target(self, target: Tensor) -> Tensor:
+        """Codes ``(b, h, w)`` int64 -> scores that are sure of them."""
+        return CERTAIN * rearrange(F.one_hot(target, self.channels), "b h w k -> b k h w").float()
 
     def decode(self, values: Tensor) -> Tensor:
         """Scores of codes ``(b, k, h, w)`` -> images in about [0, 1]."""
@@ -70,6 +77,26 @@ class VQGAN(ImageSpace):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` int64 -> images in about [0, 1]."""
         return self.decode_latents(rearrange(self.quantizer.codes_to_latents(codes), "b h w d -> b d h w"))
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator) -> SpaceReconstruction:
+        """Through the nearest codes, straight-through; with the quantizer's losses and numbers."""
+        latents = self._latents(images)
+        quantized = self.quantizer(rearrange(latents, "b d h w -> b (h w) d"), generator)
+        rows = latents.shape[2]
+        rebuilt = self.decode_latents(rearrange(quantized.latents, "b (h w) d -> b d h w", h=rows))
+        losses, metrics = (
+            {name: value.mean() for name, value in numbers.items()} for numbers in (quantized.losses, quantized.metrics)
+        )
+        if self.quantizer.usage is not None:
+            metrics |= self.quantizer.usage.metrics()
+        return SpaceReconstruction(rebuilt, losses, metrics)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """``(b, d, h, w)`` float32, before they are quantized."""
+        if self.encoder is None:
+            raise TypeError(f"this {type(self).__name__} only decodes: it needs encodes: true, and weights for that")
+        latents: Tensor = self.encoder(images * 2 - 1 if self.signed else images).float()
+        return latents
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Codes' latents or mixtures of them ``(b, d, h, w)`` -> images in about [0, 1]."""
@@ -82,7 +109,8 @@ class TamingVQGAN(VQGAN):
     """The VQGAN of taming transformers; the defaults are those of its ImageNet model with 1024 codes at 1/16.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level; the decoder has one more.
         attention_resolutions: sides of the grids on which levels attend, at images of side ``resolution``.
@@ -110,7 +138,8 @@ class MaskGITVQGAN(VQGAN):
     """MaskGIT's VQGAN as TiTok has it; the defaults are those of its ImageNet model, 1024 codes at 1/16.
 
     Args:
-        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32.
+        width: channels of the first level, before its multiplier; channels of all levels are multiples of 32, or of
+            4 below that.
         multipliers: channels of each level over ``width``; every further level halves the grid.
         num_res_blocks: blocks of a level, and of the middle.
         num_codes: k.
