@@ -274,20 +274,6 @@ def load(path: str | Path, weights: Weights | None = None, checkpoint: Which = "
     return experiment.task.model.eval()
 
 
-def load_experiment(path: str | Path) -> tuple[Experiment, dict[str, object]]:
-    """A run's parts with what it has trained, in eval mode on the run's device; and which weights these are.
-
-    Raises:
-        RunError, CheckpointError: as ``load``.
-    """
-    folder = Path(path)
-    experiment = experiment_from(_config(folder))
-    record = _restore(experiment, folder, None)
-    _use_threads(experiment)
-    experiment.task.to(experiment.run.torch_device()).eval()
-    return experiment, record
-
-
 def load_part(module: nn.Module, source: str, path: str) -> None:
     """Load a part's weights, strictly, for a node ``weights: source`` at the dotted ``path`` of a configuration.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -72,7 +72,7 @@ class TokenSet:
         budgets: the lengths that it may choose.
         crops: of each image.
         images: which they are: protocol, count, and SHA-256 of their keys.
-        source: of the tokenizer: run, step, weights.
+        source: of the tokenizer, such as its run.
 
     Raises:
         ValueError: if a value is not of its kind or range.
@@ -140,9 +140,15 @@ class Shard:
             raise ValueError(f"file {self.number} of {self.of}, of {MAX_FILES} at most")
 
 
+@cache
+def _kinds(header: type) -> dict[str, Any]:
+    hints = get_type_hints(header)
+    return {name: hint if isinstance(hint, UnionType) else get_origin(hint) or hint for name, hint in hints.items()}
+
+
 def _check_kinds(fields: TokenSet | Shard) -> None:
-    for name, hint in get_type_hints(type(fields)).items():
-        value, kind = getattr(fields, name), hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+    for name, kind in _kinds(type(fields)).items():
+        value = getattr(fields, name)
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not fits or (isinstance(value, int) and not 0 <= value <= MAX_NUMBER):
             raise ValueError(f"{name} is {str(value)[:40]}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 
@@ -28,10 +29,10 @@ class TokenStatistics:
 
     @staticmethod
     def of(latents: Tensor, mask: Tensor) -> TokenStatistics:
-        """Of latents ``(b, n, d)``, finite everywhere, and where a token counts, ``(b, n)`` bool."""
-        kept = mask[..., None].double()
-        values = latents.double() * kept
-        return TokenStatistics(torch.cat([kept, values, values.square()], dim=2).sum(0))
+        """Of latents ``(b, n, d)`` and where a token counts, ``(b, n)`` bool."""
+        values = latents.double().masked_fill(~mask[..., None], 0)
+        squares = einsum(values, values, "b n d, b n d -> n d")
+        return TokenStatistics(torch.cat([mask.double().sum(0)[:, None], values.sum(0), squares], dim=1))
 
     def __add__(self, other: TokenStatistics) -> TokenStatistics:
         """Of the rows of both."""

@@ -109,7 +109,7 @@ def encode_images(
             an image's errors do not fall from length to length.
         crops: of each image.
         dtype: ``codes``, or latents as ``float32`` or ``float16``; codes if there are, else ``float32``.
-        source: which weights these are, for the header.
+        source: whose weights these are, for the header.
         batch_size: images at a time.
         rows_per_file: at most. A stop costs no more than the work on one file, which is collected in memory.
         num_workers: processes that read images ahead.

@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
 from PIL import Image
+from torch import nn
 
 from framework import runs
+from framework.config import load_config
 from framework.data.folder import ImageFolder
 from framework.data.interface import ImageData
 from framework.data.token_file import TokenFile
 from framework.data.transforms import TRANSFORMS
+from framework.engine.experiment import Experiment
 from framework.evaluation.tables import columns_text
 from framework.evaluation.token_coding import decode_tokens, encode_images
 from framework.runtime.files import PARTIAL, publish_folder, write_text
@@ -57,7 +61,7 @@ def encode(
     if images != OWN and split is not None:
         raise ValueError(f"only the run's own data has a split: encode {OWN!r}, or leave it out")
     transform = None if crop is None else TRANSFORMS.get(crop)
-    experiment, source = runs.load_experiment(run)
+    experiment, model = _used(run)
     data: ImageData
     if images == OWN:
         data = getattr(experiment.data, split or "validation")
@@ -70,7 +74,7 @@ def encode(
             training=crops > 1,
             seed=experiment.run.seed,
         )
-    model = experiment.task.model
+    source = {"run": str(run), "seed": experiment.run.seed}
     return encode_images(model, data, out, crops=crops, source=source, progress=progress, say=say, **options)
 
 
@@ -95,7 +99,7 @@ def decode(
         raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
     chosen = list(range(*rows or (0, len(file))))
     names = [f"{row:08}.png" for row in chosen]
-    batches = decode_tokens(runs.load_experiment(run)[0].task.model, file, chosen, length)
+    batches = decode_tokens(_used(run)[1], file, chosen, length)
     partial = out.with_name(out.name + PARTIAL)
     partial.mkdir(parents=True, exist_ok=True)
     pictures = (picture for batch in batches for picture in rearrange(batch, "b c h w -> b h w c"))
@@ -104,10 +108,21 @@ def decode(
         progress("images", done, len(names))
     columns: dict[str, Sequence[object]] = {"image": names, "key": [file.keys[row] for row in chosen]}
     columns |= {} if file.labels is None else {"label": file.labels[chosen].tolist()}
-    columns |= {"crop": file.crops[chosen].tolist(), "tokens": file.lengths[chosen].tolist()}
+    lengths = file.lengths[chosen].clamp(max=length or file.header.num_tokens)
+    columns |= {"crop": file.crops[chosen].tolist(), "tokens": lengths.tolist()}
     write_text(partial / "rows.csv", columns_text(columns))
     publish_folder(partial, out)
     return len(chosen)
+
+
+def _used(run: Path) -> tuple[Experiment, nn.Module]:
+    """A run's settings and data, and the model that it has trained, on the run's device."""
+    model = runs.load(run)
+    unread = [runs.LOSSES, runs.EVALUATION]
+    experiment = runs.experiment_from(load_config(run / "config.yaml"), "meta", unread)  # nothing is made twice
+    if experiment.run.threads is not None:
+        torch.set_num_threads(experiment.run.threads)
+    return experiment, model.to(experiment.run.torch_device())
 
 
 def run_command(command: str, progress: Progress, say: Callable[[str], None], **options: Any) -> None:
