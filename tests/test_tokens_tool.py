@@ -74,6 +74,9 @@ def test_a_folder_there_and_back(
         assert (pixels.float() - pictures[row]).abs().max() <= 1
     assert run_tool(monkeypatch, "tokens", *command) == 2
     assert f"{rebuilt} is there already" in capsys.readouterr().err
+    command[command.index("--rows") + 2], command[-1] = "13", photos.with_name("more")
+    assert run_tool(monkeypatch, "tokens", *command) == 2
+    assert "there is no row 12" in capsys.readouterr().err and not photos.with_name("more.partial").exists()
 
 
 def test_the_policys_lengths_of_the_runs_own_images(

@@ -147,7 +147,7 @@ def _kinds(header: type) -> dict[str, Any]:
 
 
 def _check_kinds(fields: TokenSet | Shard) -> None:
-    for name, kind in _kinds(type(fields)).items():
+    for name, kind in _kinds(type(fields)).items():  # type: ignore[arg-type]
         value = getattr(fields, name)
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not fits or (isinstance(value, int) and not 0 <= value <= MAX_NUMBER):

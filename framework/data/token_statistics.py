@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 
@@ -31,8 +30,8 @@ class TokenStatistics:
     def of(latents: Tensor, mask: Tensor) -> TokenStatistics:
         """Of latents ``(b, n, d)`` and where a token counts, ``(b, n)`` bool."""
         values = latents.double().masked_fill(~mask[..., None], 0)
-        squares = einsum(values, values, "b n d, b n d -> n d")
-        return TokenStatistics(torch.cat([mask.double().sum(0)[:, None], values.sum(0), squares], dim=1))
+        sums = [mask.double().sum(0)[:, None], values.sum(0), values.square().sum(0)]
+        return TokenStatistics(torch.cat(sums, dim=1))
 
     def __add__(self, other: TokenStatistics) -> TokenStatistics:
         """Of the rows of both."""

@@ -93,11 +93,13 @@ def decode(
     Raises:
         RunError, CheckpointError: as ``runs.load``.
         FileExistsError: if ``out`` is there.
+        IndexError: if there are no such rows.
         ValueError: if the run's tokenizer has not made the tokens; and as ``decode_tokens``, like the rest.
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
     chosen = list(range(*rows or (0, len(file))))
+    file.tokens([*chosen[:1], *chosen[-1:]])  # or an error, if there are no such rows
     names = [f"{row:08}.png" for row in chosen]
     batches = decode_tokens(_used(run)[1], file, chosen, length)
     partial = out.with_name(out.name + PARTIAL)
