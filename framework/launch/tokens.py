@@ -1,0 +1,150 @@
+"""Token files of runs, and of images that are named on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import nn
+
+from framework import runs
+from framework.config import load_config
+from framework.data.folder import ImageFolder
+from framework.data.interface import ImageData
+from framework.data.token_file import TokenFile
+from framework.data.transforms import TRANSFORMS
+from framework.engine.experiment import Experiment
+from framework.evaluation.tables import columns_text
+from framework.evaluation.token_coding import decode_tokens, encode_images
+from framework.runtime.files import PARTIAL, publish_folder, write_text
+
+Progress = Callable[[str, int, int], None]
+OWN = "dataset"
+"""Stands for the data that a run was trained with."""
+
+
+def encode(
+    run: Path,
+    images: str,
+    out: Path,
+    progress: Progress,
+    say: Callable[[str], None],
+    split: str | None = None,
+    crop: str | None = None,
+    crops: int = 1,
+    max_broken: float | None = None,
+    **options: Any,
+) -> TokenFile:
+    """Encode images with the tokenizer of a run, on its device.
+
+    Args:
+        run: its directory.
+        images: a folder, or ``dataset`` for the run's own data.
+        out, progress, say: as of ``encode_images``.
+        split: of the run's own data, ``validation`` unless given.
+        crop: of a folder, the name of a transform; ``CenterCrop`` unless given, or ``RandomCrop`` of several crops.
+        crops: of each image; several of a folder's are flipped at random, too.
+        max_broken: share of a folder's images that may be unreadable and left out, 0.01 unless given.
+        options: as of ``encode_images``.
+
+    Raises:
+        RunError, CheckpointError: as ``runs.load``.
+        LookupError: if there is no such transform.
+        ValueError: if an argument is not of this kind of images; and as ``encode_images``, like the rest.
+    """
+    if images == OWN and (crop is not None or max_broken is not None):
+        raise ValueError("a crop and a share of broken images are for a folder: the run's own data has its own")
+    if images != OWN and split is not None:
+        raise ValueError(f"only the run's own data has a split: encode {OWN!r}, or leave it out")
+    transform = None if crop is None else TRANSFORMS.get(crop)
+    experiment, model = _used(run)
+    data: ImageData
+    if images == OWN:
+        data = getattr(experiment.data, split or "validation")
+    else:
+        data = ImageFolder(
+            images,
+            transform,
+            max_broken=0.01 if max_broken is None else max_broken,
+            image_size=experiment.data.image_size,
+            training=crops > 1,
+            seed=experiment.run.seed,
+        )
+    source = {"run": str(run), "seed": experiment.run.seed}
+    return encode_images(model, data, out, crops=crops, source=source, progress=progress, say=say, **options)
+
+
+def decode(
+    run: Path,
+    file: TokenFile,
+    out: Path,
+    progress: Progress,
+    rows: Sequence[int] | None = None,
+    length: int | None = None,
+) -> int:
+    """Write images of rows ``FROM, TO``, or of all, as PNG into a new folder; returns how many they are.
+
+    They are named by row, since keys may hold anything; ``rows.csv`` has their keys, labels, crops and lengths.
+
+    Raises:
+        RunError, CheckpointError: as ``runs.load``.
+        FileExistsError: if ``out`` is there.
+        IndexError: if there are no such rows.
+        ValueError: if the run's tokenizer has not made the tokens; and as ``decode_tokens``, like the rest.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
+    chosen = list(range(*rows or (0, len(file))))
+    file.tokens([*chosen[:1], *chosen[-1:]])  # or an error, if there are no such rows
+    names = [f"{row:08}.png" for row in chosen]
+    batches = decode_tokens(_used(run)[1], file, chosen, length)
+    partial = out.with_name(out.name + PARTIAL)
+    partial.mkdir(parents=True, exist_ok=True)
+    pictures = (picture for batch in batches for picture in rearrange(batch, "b c h w -> b h w c"))
+    for done, (name, picture) in enumerate(zip(names, pictures, strict=True), 1):
+        Image.fromarray((picture * 255).round().byte().numpy()).save(partial / name)
+        progress("images", done, len(names))
+    columns: dict[str, Sequence[object]] = {"image": names, "key": [file.keys[row] for row in chosen]}
+    columns |= {} if file.labels is None else {"label": file.labels[chosen].tolist()}
+    lengths = file.lengths[chosen].clamp(max=length or file.header.num_tokens)
+    columns |= {"crop": file.crops[chosen].tolist(), "tokens": lengths.tolist()}
+    write_text(partial / "rows.csv", columns_text(columns))
+    publish_folder(partial, out)
+    return len(chosen)
+
+
+def _used(run: Path) -> tuple[Experiment, nn.Module]:
+    """A run's settings and data, and the model that it has trained, on the run's device."""
+    model = runs.load(run)
+    unread = [runs.LOSSES, runs.EVALUATION]
+    experiment = runs.experiment_from(load_config(run / "config.yaml"), "meta", unread)  # nothing is made twice
+    if experiment.run.threads is not None:
+        torch.set_num_threads(experiment.run.threads)
+    return experiment, model.to(experiment.run.torch_device())
+
+
+def run_command(command: str, progress: Progress, say: Callable[[str], None], **options: Any) -> None:
+    """Do what a command line says: ``encode``, ``decode``, ``info`` or ``verify``, and say what came of it.
+
+    Args:
+        command: its name.
+        progress: told how far it is.
+        say: told results.
+        options: of the function of that name, or only ``file``, a path.
+    """
+    if command == "encode":
+        lines = encode(progress=progress, say=say, **options).lines()
+    else:
+        file = TokenFile(options.pop("file"))
+        lines = file.lines()
+        if command == "decode":
+            lines = [f"{decode(file=file, progress=progress, **options)} images in {options['out']}"]
+        elif command == "verify":
+            file.verify(progress)
+            lines = [f"{file.path}: {len(file):,} rows, undamaged"]
+    for line in lines:
+        say(line)
