@@ -67,7 +67,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark"}
+    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark", "tokens"}
     assert {arguments_of(command)[0] for command in COMMANDS} == tools
 
 
@@ -101,6 +101,9 @@ def test_other_commands_work(
     Image.new("RGB", (40, 30)).save("my/photos/a.png")
     if "--root my/shards" in command:
         assert run_tool(monkeypatch, "make_shards", "my/photos", "my/shards") == 0
+    if "my/photos.tokens" in command and "encode" not in command:
+        given = ("--run", "runs/adatok/ata", "--out", "my/photos.tokens")
+        assert run_tool(monkeypatch, "tokens", "encode", "my/photos", *given) == 0, capsys.readouterr().err
     name, arguments = arguments_of(command)
     only = ["--dry-run"] if name == "ablate" else []  # tests/test_ablation.py trains
     assert run_tool(monkeypatch, name, *arguments, *only) == 0, capsys.readouterr().err
