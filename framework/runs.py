@@ -1,4 +1,4 @@
-"""Runs: start or continue one from a configuration, evaluate it, and load what it has trained.
+"""Runs: start or continue one from a configuration, and evaluate it.
 
 A run directory holds ``config.yaml`` (every default written), ``run.json`` (command, versions, commit, host), metrics,
 ``checkpoints/`` and ``evaluation/``.
@@ -11,54 +11,29 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
-import framework.components  # noqa: F401 - registers every part
-from framework.config import Config, build, dump_yaml, load_config, resolve
-from framework.config.find import config_of_run
+from framework.config import Config, dump_yaml, resolve
 from framework.config.find import find_config as find_config
-from framework.config.yaml import inline
 from framework.engine import run_directory
-from framework.engine.checkpoint import (
-    Best,
-    Checkpoint,
-    CheckpointError,
-    best_checkpoint,
-    checkpoint_folders,
-    latest_checkpoint,
-    load_weights,
-    read_weights,
-)
+from framework.engine.checkpoint import checkpoint_folders
 from framework.engine.experiment import Experiment
-from framework.engine.frozen import frozen_digests, live_state, remove_unread
 from framework.engine.plan import plan
 from framework.engine.profiler import profile_training
 from framework.engine.run_directory import RunError as RunError
 from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome, Trainer
+from framework.models.loading import LOSSES, Which, restore, run_checkpoint, run_config
+from framework.models.loading import experiment_from as experiment_from
+from framework.models.loading import load as load
+from framework.models.loading import load_part as load_part
 from framework.runtime.files import write_text
 from framework.runtime.json_lines import read_lines
 from framework.runtime.progress import Stages
 from framework.runtime.ranks import Ranks
 from framework.tasks.interface import Report
 
-Weights = Literal["ema", "model"]
-Which = Literal["latest", "best"]
 Split = Literal["train", "validation", "test"]
 METRICS = "metrics.jsonl"
-LOSSES, EVALUATION = ("task", "losses"), ("evaluation",)
-
-
-def experiment_from(config: Config, device: str = "cpu", unread: Sequence[tuple[str, ...]] = ()) -> Experiment:
-    """Build a run's parts, with initial weights that depend on the run's seed alone.
-
-    On the ``meta`` device nothing is allocated and no weights are read: enough to count and to catch shapes. Places
-    that are ``unread`` are made so, and have no part in what is used.
-    """
-    seed = resolve(config, Experiment)["run"]["seed"]
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.default_generator.manual_seed(seed)
-        return build(config, Experiment, _skip if device == "meta" else load_part, unread)
 
 
 def check(config: Config) -> None:
@@ -116,7 +91,7 @@ def train(
     if not fresh:
         run_directory.refuse_another(folder, text)
         if run_directory.is_finished(folder):
-            step = _checkpoint(folder).step
+            step = run_checkpoint(folder).step
             say(f"{folder} is finished: {step} steps. Train longer or anew in another run.dir, or with --fresh.")
             _say_results(folder / "evaluation", say)
             return Outcome("finished", step)
@@ -205,7 +180,7 @@ def evaluate(
         checkpoint: the latest, or the best as ``train.best`` says.
         distances: names of extractors, in place of those of the configuration's ``evaluation.distances``.
     """
-    experiment = experiment_from(_config(folder, distances), unread=[LOSSES])
+    experiment = experiment_from(run_config(folder, distances), unread=[LOSSES])
     _use_threads(experiment)
     out = out or folder / f"evaluation_{split}{'' if checkpoint == 'latest' else '_best'}"
     _evaluate(experiment, folder, split, out, say, lengths, limit, checkpoint)
@@ -235,10 +210,10 @@ def compare(
     Raises:
         RunError: if the runs have trained different kinds of models, or some that are not compared.
     """
-    experiments = {folder: experiment_from(_config(folder, distances), unread=[LOSSES]) for folder in folders}
+    experiments = {folder: experiment_from(run_config(folder, distances), unread=[LOSSES]) for folder in folders}
     first = experiments[folders[0]]
     for folder, experiment in experiments.items():
-        _restore(experiment, folder, None)
+        restore(experiment, folder, None)
         if type(experiment.task).compare.__qualname__ != type(first.task).compare.__qualname__:
             kinds = f"{type(first.task).__name__}, and {folder} of {type(experiment.task).__name__}"
             raise RunError(f"only runs of one kind are compared: {folders[0]} is one of {kinds}")
@@ -255,58 +230,6 @@ def compare(
     say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
 
 
-def load(path: str | Path, weights: Weights | None = None, checkpoint: Which = "latest") -> nn.Module:
-    """The model that a run has trained, in eval mode on the CPU; the run may still go on.
-
-    Args:
-        path: a run directory.
-        weights: ``ema`` for averaged weights, ``model`` for those of the last step; unless given, averaged ones where
-            there are some.
-        checkpoint: the latest, or the best as ``train.best`` says.
-
-    Raises:
-        RunError: if the directory holds no run or no such checkpoint yet.
-        CheckpointError: if the weights do not fit the configuration.
-    """
-    folder = Path(path)
-    experiment = experiment_from(_config(folder), unread=[LOSSES, EVALUATION])
-    _restore(experiment, folder, weights, checkpoint)
-    return experiment.task.model.eval()
-
-
-def load_part(module: nn.Module, source: str, path: str) -> None:
-    """Load a part's weights, strictly, for a node ``weights: source`` at the dotted ``path`` of a configuration.
-
-    Args:
-        module: the part.
-        source: a run directory, whose part of the same path is taken with averaged weights where there are some, or a
-            ``.safetensors`` file with the names of the part's own state.
-        path: such as ``tokenizer.encoder``.
-
-    Raises:
-        RunError: if the source is neither.
-        CheckpointError: if names or shapes differ, or the file is damaged or of another format.
-    """
-    if Path(source).is_file():
-        load_weights(module, read_weights(Path(source)), source)
-        return
-    if source.endswith(".safetensors"):
-        raise RunError(f"{path}: there is no file {source} to take weights from")
-    donor = experiment_from(_config(Path(source)), unread=[LOSSES, EVALUATION])
-    _restore(donor, Path(source), None)
-    try:
-        part = donor.task.get_submodule(path.removeprefix("task."))
-    except AttributeError:
-        part = donor.task.model  # such as an autoencoder that becomes an input space
-        if type(part) is not type(module):
-            kinds = f"its model is {type(part).__name__}, and not {type(module).__name__}"
-            raise RunError(f"{path}: the run {source} has no such part to take weights from; {kinds}") from None
-    # All of the donor's part, what is frozen there too; but what is frozen inside this one has its own source.
-    kept = module.state_dict().keys() - live_state(module).keys()
-    weights = {name: value for name, value in part.state_dict().items() if name not in kept}
-    load_weights(module, weights, f"{source}, {path}")
-
-
 def _prepare(experiment: Experiment, trainer: Trainer) -> None:
     try:
         with Stages() as progress:
@@ -319,55 +242,6 @@ def _say_nothing(text: str) -> None:
     """What the main process says need not be said twice."""
 
 
-def _skip(module: nn.Module, source: str, path: str) -> None:
-    """On the meta device there is nothing to load into."""
-
-
-def _config(folder: Path, distances: Sequence[str] | None = None) -> Config:
-    """A run's configuration, with other distances to measure where they are given by the names of extractors."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        maker = config_of_run(folder, [Path("projects"), Path(__file__).parents[1] / "projects"])
-        train_it = f" with: python tools/train_net.py --config {maker}\n" if maker else ", or check the path"
-        raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first{train_it}".rstrip())
-    named = [f"evaluation.distances={inline({name: {'name': name} for name in distances})}"] if distances else []
-    return load_config(file, named)
-
-
-def _checkpoint(folder: Path, best: Best | None = None) -> Checkpoint:
-    """The latest checkpoint of a run, or the best."""
-    checkpoints = folder / "checkpoints"
-    checkpoint = latest_checkpoint(checkpoints) if best is None else best_checkpoint(checkpoints, best)
-    if checkpoint is None:
-        which = "checkpoint" if best is None else f"checkpoint with {best.metric}"
-        raise RunError(f"{folder} has no {which} yet: its training has not come that far")
-    return checkpoint
-
-
-def _restore(
-    experiment: Experiment, folder: Path, weights: Weights | None, which: Which = "latest"
-) -> dict[str, object]:
-    """Load a run's weights into its model and say which they are."""
-    model, best = experiment.task.model, experiment.train.best if which == "best" else None
-    if which == "best" and best is None:
-        raise RunError(f"{folder} keeps no best checkpoint: its configuration has no train.best")
-    chosen = weights or ("model" if experiment.train.ema_decay is None else "ema")
-    while True:
-        checkpoint = _checkpoint(folder, best)
-        try:
-            read = {name: checkpoint.weights(name) for name in {"model", chosen}}
-            break
-        except CheckpointError:
-            if checkpoint.folder.exists():
-                raise  # else the run goes on, and has just removed it for a newer one
-    left_out = remove_unread(experiment.task)
-    checkpoint.check_frozen(frozen_digests(experiment.task), left_out)
-    load_weights(experiment.task, read["model"], checkpoint.folder)
-    if chosen == "ema":
-        load_weights(model, read["ema"], checkpoint.folder)
-    return {"run": str(folder), "step": checkpoint.step, "weights": chosen, "seed": experiment.run.seed}
-
-
 def _evaluate(
     experiment: Experiment,
     folder: Path,
@@ -378,7 +252,7 @@ def _evaluate(
     limit: int | None = None,
     which: Which = "latest",
 ) -> None:
-    record = _restore(experiment, folder, None, which)
+    record = restore(experiment, folder, None, which)
     data = experiment.data
     task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:

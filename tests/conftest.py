@@ -1,4 +1,4 @@
-"""One torch thread a process: pytest's workers share the cores."""
+"""One torch thread a process: pytest's workers share the cores. No test reaches for a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

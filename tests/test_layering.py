@@ -24,6 +24,7 @@ LEVELS = [
     ("framework.interop", "framework.evaluation"),
     ("framework.tasks",),
     ("framework.engine",),
+    ("framework.models",),
     ("framework.runs",),
     ("framework.launch",),
     ("framework.ablation",),

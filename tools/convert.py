@@ -1,4 +1,4 @@
-"""Turns official checkpoints into weights of this framework, and says how a configuration names them."""
+"""Exports trained models as folders of their own, and turns official checkpoints into weights of this framework."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLE = """\
 examples:
+  python tools/convert.py export runs/adatok/ata exports/adatok-ata --license Apache-2.0
   python tools/convert.py import ldm vavae-imagenet256-f16d32-dinov2.pt latents_stats.pt vavae.safetensors
   python tools/convert.py import maskgit_vqgan maskgit-vqgan-imagenet-f16-256.bin maskgit.safetensors
+framework.load and weights: take an exported folder, and after hf upload NAME/ID exports/adatok-ata its id, NAME/ID
 families:
   ldm            VA-VAE, whose latents_stats.pt may follow, SD-VAE in its authors' layout, and other autoencoders of LDM
   maskgit_vqgan  MaskGIT's VQGAN as TiTok's authors have converted it
@@ -18,50 +21,57 @@ families:
   titok          TiTok and One-D-Piece; those of two stages come with their pixel decoder. Tensors do not tell num_heads
                  and normalize: those that are written are the released models', so compare them with your config
 """
-FAMILIES = {
-    "ldm": "convolutional",
-    "maskgit_vqgan": "convolutional",
-    "taming_vqgan": "convolutional",
-    "titok": "titok",
-}
+FAMILIES = {"ldm": "convolutional", "maskgit_vqgan": "convolutional", "taming_vqgan": "convolutional", "titok": "titok"}
 
 
 def parse() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=form)
+    form: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
+    text = "write a run's model to a folder that loads without the run, its data and the runs it was built on"
+    exporting = commands.add_parser("export", help=text, description=text, **form)
+    exporting.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    exporting.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    exporting.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="best as train.best says")
+    exporting.add_argument("--license", metavar="NAME", help="of the weights, such as Apache-2.0, for the model card")
     text = "read an official checkpoint, check that every tensor has its place, and write OUT"
-    reading = commands.add_parser("import", help=text, description=text, epilog=EXAMPLE, formatter_class=form)
+    reading = commands.add_parser("import", help=text, description=text, **form)
     reading.add_argument("family", metavar="FAMILY", choices=FAMILIES, help=", ".join(FAMILIES))
     reading.add_argument("files", metavar="IN", nargs="+", type=Path, help="official files, pickled or safetensors")
     reading.add_argument("out", metavar="OUT", type=Path, help="a .safetensors file")
     arguments = parser.parse_args()
-    if arguments.out.suffix != ".safetensors":
+    if arguments.command == "import" and arguments.out.suffix != ".safetensors":
         parser.error(f"OUT must end in .safetensors, got {arguments.out}")
     return arguments
 
 
 def main() -> int:
     given = parse()
-    from framework import components  # noqa: F401 - registers every part
-    from framework.config import dump_yaml
-    from framework.interop.official import OfficialError, read_official
+    from framework import runs
+    from framework.config import ConfigError, dump_yaml
+    from framework.engine.checkpoint import CheckpointError
+    from framework.interop.official import read_official
+    from framework.models.export import export
 
     try:
+        if given.command == "export":
+            digest = export(given.run, given.out, given.checkpoint, given.license)
+            print(f"wrote {given.out}, weights with SHA-256 {digest}; it loads with framework.load({str(given.out)!r})")
+            return 0
         state = read_official(given.files)
-        read = getattr(importlib.import_module(f"framework.interop.{FAMILIES[given.family]}"), f"import_{given.family}")
-        imported = read(state)
+        module = importlib.import_module(f"framework.interop.{FAMILIES[given.family]}")
+        imported = getattr(module, f"import_{given.family}")(state)
         imported.save(given.out)
     except KeyError as error:
         some = ", ".join(sorted(state)[:3])
         print(f"this is no {given.family} checkpoint: it has no tensor {error}. It begins with {some}", file=sys.stderr)
         return 2
-    except (OfficialError, OSError) as error:
+    except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     left_out = f", without {len(imported.dropped)} of other parts" if imported.dropped else ""
     size = f", for data.image_size={imported.image_size}" if imported.image_size else ""
-    print(f"wrote {len(state) - len(imported.dropped)} tensors to {given.out}{left_out}; at {imported.part}{size}:")
+    print(f"wrote {len(imported.weights)} tensors to {given.out}{left_out}; at {imported.part}{size}:")
     print(dump_yaml(imported.full_node() | {"weights": str(given.out)}), end="")
     return 0
 

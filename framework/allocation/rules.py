@@ -97,14 +97,14 @@ class ComplexityLookup(AllocationPolicy):
     """
 
     def __init__(
-        self, edges: list[float], budgets: list[int], table: str | None = None, *, num_tokens: int, feature_dim: int
+        self, edges: list[float], budgets: list[int], table: Path | None = None, *, num_tokens: int, feature_dim: int
     ) -> None:
         super().__init__()
         self.budgets = candidate_budgets(budgets, num_tokens)
         if len(edges) != len(budgets) - 1 or list(edges) != sorted(edges):
             raise ValueError(f"{len(budgets)} budgets need {len(budgets) - 1} edges in increasing order, got {edges}")
         self.edges = tuple(edges)
-        self.scores = None if table is None else read_scores(Path(table))
+        self.scores = None if table is None else read_scores(table)
 
     def forward(self, request: AllocationRequest) -> Allocation:
         if self.scores is None:

@@ -17,6 +17,7 @@ from framework.data.folder import existing_folder
 from framework.data.listing import Listing, list_images, read_classes
 from framework.data.stream import ignore_signals, subset
 from framework.data.transforms import MAX_PIXELS, ImageError, image_file, open_image
+from framework.runtime.files import write_text
 
 
 class Facts(NamedTuple):
@@ -49,6 +50,11 @@ class Inspection:
     def broken(self) -> dict[str, str]:
         """The reason of each broken image, by path."""
         return {fact.path: fact.reason for fact in self.facts if fact.reason}
+
+    def write_broken(self, file: Path | None) -> None:
+        """Write a path and a reason a line for each broken image, where a file is given."""
+        if file is not None:
+            write_text(file, "".join(f"{path}\t{why}\n" for path, why in self.broken.items()))
 
     def lines(self) -> Iterator[str]:
         """All of it in words and numbers, a fact a line."""

@@ -188,6 +188,15 @@ class Photos(ImageData):
 
 
 def _open_photograph(file: str) -> Image.Image:
+    return open_image(photograph_path(file))
+
+
+def photograph_path(file: str) -> Path:
+    """Where a photograph of ``SPLITS`` is.
+
+    Raises:
+        FileNotFoundError: if its package or the file is missing; says how to repair that.
+    """
     package, _, inside = file.partition("/")
     spec = find_spec(package)  # finds the folder without importing the package
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
@@ -197,4 +206,4 @@ def _open_photograph(file: str) -> Image.Image:
             f"Photos reads {file}, but the package {DISTRIBUTIONS[package]} {found}. "
             f"Repair it: pip install --force-reinstall {DISTRIBUTIONS[package]}"
         )
-    return open_image(folder / inside)
+    return folder / inside

@@ -9,9 +9,8 @@ is no pointer that could be wrong.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import io
-import json
 import math
 import re
 import warnings
@@ -26,16 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from framework.engine.frozen import live_state
+from framework.engine.manifest import MANIFEST as MANIFEST
+from framework.engine.manifest import CheckpointError as CheckpointError
+from framework.engine.manifest import describe_file, read_manifest, write_manifest
 from framework.runtime import files
 
 FORMAT = "framework checkpoint"
 VERSION = 1
-MANIFEST = "manifest.json"
 STATE = "trainer.pt"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, with what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -135,45 +132,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: saying what is wrong with it.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not completely written") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not one of this framework's")
-    body: Any = manifest.get("body")
-    if manifest.get("sha256") != _json_digest(body):
-        raise CheckpointError(f"{path} does not have the SHA-256 that it states: it was damaged")
-    try:
-        version = int(body["version"])
-        if version > VERSION:
-            raise CheckpointError(
-                f"{folder} has format version {version}, and this framework reads up to {VERSION}: update it"
-            )
-        for name, expected in body["files"].items():
-            _verify(folder / name, int(expected["bytes"]), expected["sha256"])
-        frozen = {name: str(sha256) for name, sha256 in body["frozen"].items()}
-        metrics = {name: float(value) for name, value in body.get("metrics", {}).items()}
-        return Checkpoint(folder, int(body["step"]), frozen, frozenset(body["files"]), metrics)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path} does not hold what format version {VERSION} asks for: {error!r}") from error
+    return read_manifest(folder, FORMAT, VERSION, functools.partial(_checkpoint, folder))
 
 
-def _verify(path: Path, size: int, sha256: str) -> None:
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            raise CheckpointError(f"{path} has {actual} bytes instead of {size}: truncated?")
-        if files.digest(path) != sha256:
-            raise CheckpointError(f"{path} does not have the SHA-256 of its manifest: its content was damaged")
-    except OSError as error:
-        told = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise CheckpointError(f"{path} {told}") from error
+def _checkpoint(folder: Path, body: Mapping[str, Any]) -> Checkpoint:
+    frozen = {name: str(sha256) for name, sha256 in body["frozen"].items()}
+    metrics = {name: float(value) for name, value in body.get("metrics", {}).items()}
+    return Checkpoint(folder, int(body["step"]), frozen, frozenset(body["files"]), metrics)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -302,11 +267,10 @@ class CheckpointStore:
             entries = {}
             for name, content in _contents(weights, state):
                 files.write_bytes(partial / name, content)
-                entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                entries[name] = describe_file(content)
             finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
             body = {"version": VERSION, "step": step, "files": entries, "frozen": dict(frozen), "metrics": finite}
-            manifest = {"format": FORMAT, "body": body, "sha256": _json_digest(body)}
-            files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_manifest(partial, FORMAT, body)
             files.publish_folder(partial, target)
         except OSError:
             with suppress(OSError):
@@ -349,10 +313,6 @@ def _contents(weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, A
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     yield STATE, buffer.getvalue()
-
-
-def _json_digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -86,7 +86,7 @@ def test_lookup_by_compressed_size() -> None:
 def test_lookup_by_table_keeps_the_shorter_at_an_edge(tmp_path: Path) -> None:
     table = tmp_path / "scores.csv"
     table.write_text("key,group,score\na,x,1\nb,x,1.5\nc,y,2\nd,y,7\n")
-    policy = ComplexityLookup([1.0, 2.0], [1, 4, 8], str(table), num_tokens=8, feature_dim=4)
+    policy = ComplexityLookup([1.0, 2.0], [1, 4, 8], table, num_tokens=8, feature_dim=4)
     images = torch.rand(4, 3, 4, 4)
     assert policy(request_of(images, ["d", "a", "c", "b"])).lengths.tolist() == [8, 1, 4, 4]
     with pytest.raises(ValueError, match=r"lacks 2 of 4 images: \['e', 'f'\]"):

@@ -16,7 +16,6 @@ from framework.engine.checkpoint import (
     Best,
     CheckpointError,
     CheckpointStore,
-    _json_digest,
     best_checkpoint,
     checkpoint_folders,
     latest_checkpoint,
@@ -24,6 +23,7 @@ from framework.engine.checkpoint import (
     read_checkpoint,
 )
 from framework.engine.frozen import live_state
+from framework.engine.manifest import json_digest
 from framework.runtime import files
 
 WEIGHTS = {"model": {"a.weight": torch.arange(6.0).reshape(2, 3), "a.count": torch.tensor(3)}}
@@ -76,7 +76,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None], sign
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     if sign:
-        manifest["sha256"] = _json_digest(manifest["body"])
+        manifest["sha256"] = json_digest(manifest["body"])
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from framework.engine.checkpoint import MANIFEST, STATE, _json_digest
+from framework.engine.checkpoint import MANIFEST, STATE
+from framework.engine.manifest import json_digest
 
 Harm = Callable[[Path], object]
 """Damages a file, or a checkpoint's folder."""
@@ -83,7 +84,7 @@ def forge(change: Callable[[Any], object]) -> Harm:
         manifest = json.loads((folder / MANIFEST).read_text())
         changed = change(manifest["body"])
         manifest["body"] = manifest["body"] if changed is None else changed
-        manifest["sha256"] = _json_digest(manifest["body"])
+        manifest["sha256"] = json_digest(manifest["body"])
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
     return harm

