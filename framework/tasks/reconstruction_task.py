@@ -6,6 +6,7 @@ Shapes: b batch.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,21 @@ Values = dict[str, Tensor]
 class ReconstructionTask(Task):
     """Named losses on reconstructions, and a second turn where there is a discriminator.
 
+    A subclass has one turn, by the name of the attribute that holds what it trains.
+
     Args:
-        trained: the name of the first turn and of the attribute that holds what it trains.
         losses: named losses on images.
         adversarial: a discriminator that is trained in a second turn, ``discriminator``, on the images and
             reconstructions of the first, and what those learn from it; ``None`` for none.
     """
 
-    def __init__(self, trained: str, losses: dict[str, Loss], adversarial: AdversarialLoss | None) -> None:
+    def __init__(self, losses: dict[str, Loss], adversarial: AdversarialLoss | None) -> None:
         super().__init__()
         self.losses = nn.ModuleDict(losses)
         self.adversarial = adversarial
-        self.turns: tuple[Turn, ...] = (Turn(trained),)
         if adversarial is not None:
-            first = Turn(trained, (f"{trained}.*", "losses.*", "value_losses.*"))
+            (first,) = self.turns
+            first = replace(first, parameters=(f"{first.name}.*", "losses.*", "value_losses.*"))
             self.turns = (first, Turn("discriminator", ("adversarial.*",), start=adversarial.start))
         self._rebuilt: deque[Tensor] = deque()  # from a step's micro-batches, for its second turn
 

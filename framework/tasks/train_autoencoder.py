@@ -15,7 +15,7 @@ from framework.evaluation.autoencoder_report import evaluate_autoencoder
 from framework.evaluation.image_metrics import squared_error
 from framework.losses.adversarial import AdversarialLoss
 from framework.losses.interface import Loss
-from framework.tasks.interface import TASKS, Context, Report, StepOutput
+from framework.tasks.interface import TASKS, Context, Report, StepOutput, Turn
 from framework.tasks.reconstruction_task import ReconstructionTask
 from framework.tokenizers.interface import ImageSpace
 
@@ -36,10 +36,12 @@ class TrainAutoencoder(ReconstructionTask):
         ValueError: if there are no losses, or the space has nothing to train.
     """
 
+    turns: tuple[Turn, ...] = (Turn("autoencoder"),)
+
     def __init__(
         self, autoencoder: ImageSpace, losses: dict[str, Loss], adversarial: AdversarialLoss | None = None
     ) -> None:
-        super().__init__("autoencoder", losses, adversarial)
+        super().__init__(losses, adversarial)
         if not losses:
             raise ValueError("a task without losses trains nothing: set task.losses to {pixel: {name: PixelLoss}}")
         if not any(parameter.requires_grad for parameter in autoencoder.parameters()):

@@ -18,7 +18,7 @@ from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer
 from framework.losses.adversarial import AdversarialLoss
 from framework.losses.interface import Loss
 from framework.losses.values import ValueLoss
-from framework.tasks.interface import TASKS, Context, Report, StepOutput
+from framework.tasks.interface import TASKS, Context, Report, StepOutput, Turn
 from framework.tasks.reconstruction_task import ReconstructionTask
 from framework.tokenizers.target_cache import CachedTargets
 from framework.tokenizers.tokenizer import Tokenizer
@@ -44,6 +44,8 @@ class TrainTokenizer(ReconstructionTask):
         ValueError: if there are no losses, or losses on values or their cache have no frozen space.
     """
 
+    turns: tuple[Turn, ...] = (Turn("tokenizer"),)
+
     def __init__(
         self,
         losses: dict[str, Loss] | None = None,
@@ -53,7 +55,7 @@ class TrainTokenizer(ReconstructionTask):
         *,
         tokenizer: Tokenizer,
     ) -> None:
-        super().__init__("tokenizer", losses or {}, adversarial)
+        super().__init__(losses or {}, adversarial)
         if not losses and not value_losses:
             raise ValueError(
                 "a task without losses trains nothing: set task.losses to {pixel: {name: PixelLoss}}, or "
