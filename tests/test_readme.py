@@ -67,7 +67,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark", "tokens"}
+    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark", "tokens", "convert"}
     assert {arguments_of(command)[0] for command in COMMANDS} == tools
 
 

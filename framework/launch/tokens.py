@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 from framework import runs
-from framework.config import load_config
 from framework.data.folder import ImageFolder
 from framework.data.interface import ImageData
 from framework.data.token_file import TokenFile
@@ -20,6 +19,7 @@ from framework.data.transforms import TRANSFORMS
 from framework.engine.experiment import Experiment
 from framework.evaluation.tables import columns_text
 from framework.evaluation.token_coding import decode_tokens, encode_images
+from framework.models.loading import EVALUATION, LOSSES, experiment_from, run_config
 from framework.runtime.files import PARTIAL, publish_folder, write_text
 
 Progress = Callable[[str, int, int], None]
@@ -120,8 +120,7 @@ def decode(
 def _used(run: Path) -> tuple[Experiment, nn.Module]:
     """A run's settings and data, and the model that it has trained, on the run's device."""
     model = runs.load(run)
-    unread = [runs.LOSSES, runs.EVALUATION]
-    experiment = runs.experiment_from(load_config(run / "config.yaml"), "meta", unread)  # nothing is made twice
+    experiment = experiment_from(run_config(run), "meta", [LOSSES, EVALUATION])  # nothing is made twice
     if experiment.run.threads is not None:
         torch.set_num_threads(experiment.run.threads)
     return experiment, model.to(experiment.run.torch_device())
