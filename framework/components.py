@@ -17,6 +17,7 @@ import framework.data.shards
 import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers
+import framework.evaluation.distribution_features
 import framework.losses.discriminators
 import framework.losses.extractors.classifiers
 import framework.losses.extractors.lpips

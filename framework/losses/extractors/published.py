@@ -25,15 +25,31 @@ def torchvision_weights(name: str, file: Path | None) -> dict[str, Tensor]:
         FileNotFoundError: if it is not there; says where to fetch it and where to put it.
         ValueError: if it is not what the hexadecimal digits at the end of its name promise.
     """
-    path = file or hub_file(name)
+    otherwise = "Without a network, STLPIPS and EfficientNetLite0 come whole with their packages"
+    return read(published_file(TORCHVISION + name, file, otherwise))
+
+
+def published_file(url: str, file: Path | None, otherwise: str) -> Path:
+    """Where a file lies that ``torch.hub`` would download, if it is there and is what its name promises.
+
+    Args:
+        url: whose last part is the file's name.
+        file: where it is; where ``torch.hub`` would put it, unless given.
+        otherwise: what to say to those who have no network.
+
+    Raises:
+        FileNotFoundError: if it is not there; says where to fetch it and where to put it.
+        ValueError: if it is not what the hexadecimal digits at the end of its name promise.
+    """
+    path = file or hub_file(url.rpartition("/")[2])
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}. Fetch {TORCHVISION}{name} where there is a network, and put it there, or say "
-            "here where it is. Without a network, STLPIPS and EfficientNetLite0 come whole with their packages"
+            f"there is no file {path}. Fetch {url} where there is a network, and put it there, or say "
+            f"here where it is. {otherwise}"
         )
     if damage := damage_of(path):
-        raise ValueError(f"{path} is damaged or another file: {damage}; fetch {TORCHVISION}{name} again")
-    return read(path)
+        raise ValueError(f"{path} is damaged or another file: {damage}; fetch {url} again")
+    return path
 
 
 def hub_file(name: str) -> Path:
