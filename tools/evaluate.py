@@ -12,6 +12,7 @@ examples:
   python tools/evaluate.py --run runs/adatok/ntm --split test --lengths 1 4 16
   python tools/evaluate.py --run runs/adatok/ntm runs/adatok/full_length --out runs/comparison
   python tools/evaluate.py --run runs/adatok/ntm --distances STLPIPS EfficientNetLite0
+  python tools/evaluate.py --run runs/adatok/discrete/ntm --split test --probe
 """
 
 
@@ -27,22 +28,32 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results; evaluation_SPLIT of the run unless given")
     judges = "extractors of perceptual distances to measure too, such as STLPIPS; those of the run unless given"
     parser.add_argument("--distances", nargs="+", metavar="NAME", help=judges)
+    text = "measure linear probes of the tokens, on labelled images, instead; of TiTok's and AdaTok's readout with mean"
+    readouts = ("concatenated", "mean")
+    parser.add_argument("--probe", nargs="?", const="concatenated", choices=readouts, metavar="READOUT", help=text)
     arguments = parser.parse_args()
     if len(arguments.run) > 1 and arguments.out is None:
         parser.error("to compare several runs, say where the results go: --out DIR")
     if len(arguments.run) > 1 and arguments.checkpoint == "best":
         parser.error("several runs are compared by their latest checkpoints")
-    measured = {name: getattr(arguments, name) for name in ("split", "lengths", "limit", "distances")}
+    if arguments.probe and (len(arguments.run) > 1 or arguments.distances):
+        parser.error("--probe takes one run, and no distances")
+    measured = {name: getattr(arguments, name) for name in ("split", "lengths", "limit")}
 
     from framework import runs
     from framework.config import ConfigError
     from framework.engine.checkpoint import CheckpointError
+    from framework.launch.probing import probe
 
     try:
         if len(arguments.run) > 1:
-            runs.compare(arguments.run, print, arguments.out, **measured)
+            runs.compare(arguments.run, print, arguments.out, distances=arguments.distances, **measured)
+        elif arguments.probe:
+            one = {"out": arguments.out, "checkpoint": arguments.checkpoint}
+            probe(arguments.run[0], print, arguments.probe, **one, **measured)
         else:
-            runs.evaluate(arguments.run[0], print, out=arguments.out, checkpoint=arguments.checkpoint, **measured)
+            one = {"out": arguments.out, "checkpoint": arguments.checkpoint, "distances": arguments.distances}
+            runs.evaluate(arguments.run[0], print, **one, **measured)
     except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
