@@ -1,0 +1,141 @@
+"""What a generator promises: tokens of a class, as many as it finds right, the same whenever they are asked for.
+
+Shapes: b batch, n tokens of the longest sequence, d channels of a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from framework.config.registry import Registry
+from framework.data.token_file import TokenFile
+from framework.generators.guidance import Guidance
+from framework.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """Which sequences there are.
+
+    Args:
+        num_tokens: n, positions of the tokenizer's longest sequence.
+        dim: d.
+        vocabulary: number of codes; ``None`` where tokens are continuous.
+        budgets: the lengths that occur, increasing; the last may be below n.
+        num_classes: of labels from 0.
+
+    Raises:
+        ValueError: if a number is out of its range, or budgets do not increase.
+    """
+
+    num_tokens: int
+    dim: int
+    vocabulary: int | None
+    budgets: tuple[int, ...]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_tokens, self.dim, self.num_classes, 1 if self.vocabulary is None else self.vocabulary) < 1:
+            raise ValueError(f"tokens, channels, codes and classes are at least one each, got {self}")
+        budgets = self.budgets
+        if not budgets or list(budgets) != sorted(set(budgets)) or budgets[0] < 1 or budgets[-1] > self.num_tokens:
+            raise ValueError(f"budgets are lengths from 1 to {self.num_tokens} that increase, got {budgets}")
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that occurs."""
+        return self.budgets[-1]
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels ``(b,)`` of classes that there are not.
+
+        Raises:
+            ValueError: naming one.
+        """
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(f"classes are numbers from 0 to {self.num_classes - 1}, got {int(wrong[0])}")
+
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Refuse lengths ``(b,)`` that are no budgets.
+
+        Raises:
+            ValueError: naming one, and the nearest budget.
+        """
+        for length in sorted(set(lengths.tolist()) - set(self.budgets)):
+            nearest = min(self.budgets, key=lambda budget: abs(budget - length))
+            raise ValueError(f"lengths are {list(self.budgets)}, got {length}: the nearest is {nearest}")
+
+
+@dataclass(frozen=True)
+class GeneratorLoss:
+    """What training reads.
+
+    Args:
+        losses: named, their sum is minimised: each a sum over this batch's targets divided by ``count``.
+        count: how many targets there are: kept tokens and what else of a sequence is predicted. Batches of other
+            counts weigh by it, so that every target of a step counts the same.
+        metrics: detached scalars that are only logged.
+    """
+
+    losses: dict[str, Tensor]
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Generator(nn.Module, ABC):
+    """A distribution over token sequences given a class, and their lengths with them.
+
+    Keyword-only argument from what owns it: ``space``.
+
+    Attributes:
+        space: which sequences there are.
+    """
+
+    space: TokenSpace
+
+    def learn_from(self, file: TokenFile) -> None:  # noqa: B027 - most learn by steps alone
+        """Told all training tokens before the first step, for what is counted and not trained, kept in buffers."""
+
+    @abstractmethod
+    def loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+        """The loss of sequences with labels ``(b,)``; noise and dropped labels come from ``generator``, on the CPU.
+
+        Padding behind a row's length changes nothing.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        sample_ids: Tensor,
+        guidance: Guidance,
+        lengths: Tensor | None = None,
+    ) -> Tokens:
+        """One sequence for each label ``(b,)``, in that order, in eval mode.
+
+        A sample is a function of (seed, its number, class, guidance, weights): neither of the batch nor of the order.
+
+        Args:
+            labels: classes, int64.
+            seed: of all samples.
+            sample_ids: ``(b,)`` int64 from 0, the number of each.
+            guidance: away from samples without class.
+            lengths: ``(b,)`` of the space's budgets, in place of those that the generator would choose.
+
+        Returns:
+            Where the space has a vocabulary, codes with latents ``(b, n, 0)``, as token files have them;
+            ``tokenizer.codes_to_tokens`` adds what decoders read. Else latents, as the tokenizer makes them.
+
+        Raises:
+            ValueError: if a label, number or length is none.
+        """
+
+
+GENERATORS = Registry("generator", Generator)
