@@ -76,9 +76,9 @@ class GeneratorLoss:
     """What training reads.
 
     Args:
-        losses: named, their sum is minimised: each a sum over this batch's targets divided by ``count``.
-        count: how many targets there are: kept tokens and what else of a sequence is predicted. Batches of other
-            counts weigh by it, so that every target of a step counts the same.
+        losses: named, their sum is minimised: each a sum over this batch divided by ``count``.
+        count: how many tokens the batch's sequences keep. What several batches make one step weighs by it, so that
+            every token of the step counts the same.
         metrics: detached scalars that are only logged.
     """
 

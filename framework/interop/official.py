@@ -21,13 +21,16 @@ from framework.runtime.files import write_bytes
 from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
 
+WRAPPERS = ("state_dict", "model", "module")
+"""Where training scripts put a model's tensors, beside optimizers and counters."""
+
 
 class OfficialError(ValueError):
     """A file is no checkpoint, or not of the family that it is said to be."""
 
 
 def read_official(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of checkpoints, on the CPU: of all files together, without the ``state_dict`` around them.
+    """The tensors of checkpoints, on the CPU: of all files together, without what training has put around them.
 
     Pickled files are read with ``weights_only=True``: nothing in them is run.
 
@@ -37,12 +40,13 @@ def read_official(paths: Iterable[Path]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in paths:
         held = _load(path)
-        held = held.get("state_dict", held) if isinstance(held, Mapping) else {f"a {type(held).__name__}": held}
+        held = held if isinstance(held, Mapping) else {f"a {type(held).__name__}": held}
+        held = next((held[name] for name in WRAPPERS if isinstance(held.get(name), Mapping)), held)
         others = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
         if others or not held:
             raise OfficialError(
                 f"{path} holds no tensors, or other things beside them{': ' if others else ''}{_some(others)}. Save "
-                "only the model's state dict, flat or under 'state_dict'"
+                "only the model's state dict, flat or under 'state_dict', 'model' or 'module'"
             )
         if twice := sorted(state.keys() & held.keys()):
             raise OfficialError(f"{path} and a file before it both hold {_some(twice)}")

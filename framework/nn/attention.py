@@ -74,3 +74,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     form = choose_attention(query.device, query.dtype, key.shape[-2], needs_grad)
     return FORMS[form](query, key, value, bias)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``attention`` of a sequence ``(b, h, n, d)`` to itself, each position to those before it and to itself.
+
+    What pads a sequence on its right is in no other position's past, so that it needs no mask.
+    """
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    length = query.shape[-2]
+    if choose_attention(query.device, query.dtype, length, needs_grad) == "fused":
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    past = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    return explicit_attention(query, key, value, mask_to_bias(past))

@@ -68,3 +68,37 @@ def rotate(x: Tensor, base: float) -> Tensor:
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = rearrange(x, "b h n (two d) -> two b h n d", two=2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotary_1d(num_positions: int, width: int, base: float) -> Tensor:
+    """Cosines and sines for ``rotate_pairs`` along a sequence, ``(n, width / 2, 2)``.
+
+    At position i, pair j turns by ``i base^(-2j/width)`` (Su et al. 2021).
+    """
+    frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_2d(side: int, width: int, base: float) -> Tensor:
+    """The same for a square grid in row-major order, ``(side^2, width / 2, 2)``: the first half of the pairs turns with
+    the row, the second with the column (LlamaGen).
+
+    Raises:
+        ValueError: if ``width`` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"rotary positions on a grid need heads of a multiple of 4 channels, got {width}")
+    line = rotary_1d(side, width // 2, base)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([line[rows.flatten()], line[columns.flatten()]], dim=1)
+
+
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channels of ``x (..., d)`` as pairs by angles of ``table (..., d / 2, 2)``, which broadcasts.
+
+    Llama's layout, where ``rotate`` has GPT-NeoX's. A row of zeros makes zeros.
+    """
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.to(x.dtype).unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
