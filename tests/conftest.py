@@ -58,7 +58,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not task.training and not torch.is_grad_enabled()
         asked = {
             "weights": wanted.record,
-            "lengths": wanted.lengths,
+            "lengths": wanted.measures.lengths,
             "limit": wanted.limit,
             "split": wanted.data.protocol()["split"],
         }

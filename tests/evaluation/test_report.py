@@ -11,11 +11,13 @@ from PIL import Image
 
 from framework.data.stream import subset
 from framework.evaluation import report
+from framework.evaluation.comparison import compare_tokenizers
+from framework.evaluation.evaluation import Evaluation
 from framework.evaluation.image_metrics import squared_error
 from framework.evaluation.pca import PrincipalComponents
 from framework.evaluation.plots import plot_rate_distortion, plot_tiled_photograph
 from framework.evaluation.rate_distortion import RateDistortion, rate_distortion
-from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer, spread_images
+from framework.evaluation.report import evaluate_tokenizer, spread_images
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.evaluation.fakes import FixedImages, SignQuantizer, basis_tokenizer, orthonormal
 from tests.tokenizers.build import small_tokenizer
@@ -126,7 +128,7 @@ def test_tokens_that_do_nothing_are_said(
     images[:, 48:96] = 0.5  # the last two of four tokens have nothing to tell
     held_out = FixedImages(images.reshape(6, 3, 8, 8), ["a"] * 6)
     half = basis_tokenizer(torch.full((192,), 0.5), torch.eye(192)[:, :96], token_dim=24)
-    evaluate_tokenizer(half, held_out, tmp_path, {}, lengths=lengths)
+    evaluate_tokenizer(half, held_out, tmp_path, {}, measures=Evaluation(lengths=tuple(lengths)))
     table = (tmp_path / "table.md").read_text()
     assert ("do nearly nothing" in table) == (told is not None)
     if told is not None:
@@ -136,7 +138,7 @@ def test_tokens_that_do_nothing_are_said(
 
 def test_missing_baselines_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
-    metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, lengths=[8])
+    metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, measures=Evaluation(lengths=(8,)))
     assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: not asked for."
     large = FixedImages(torch.rand(3, 3, 40, 40), ["a", "b", "c"])
     wide = basis_tokenizer(torch.full((4800,), 0.5), torch.eye(4800)[:, :2], token_dim=1)
@@ -161,7 +163,7 @@ def test_the_photograph_is_in_colour_where_there_is_one(tmp_path: Path, monkeypa
     images = smooth_images(3, seed=0)
     images[[0, 2]] = images[[0, 2], :1]  # grey
     held_out = FixedImages(images, ["grey", "colour", "grey again"])
-    evaluate_tokenizer(tokenizer(), held_out, tmp_path, {}, lengths=[8])
+    evaluate_tokenizer(tokenizer(), held_out, tmp_path, {}, measures=Evaluation(lengths=(8,)))
     assert torch.equal(chosen[0], held_out.whole("colour"))
 
 
