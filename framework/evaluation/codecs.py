@@ -249,13 +249,13 @@ def codecs_text(found: Mapping[str, Any]) -> str:
     rows.append(["bytes at most", *(str(at["max_bytes"]) for at in first["per_length"])])
     for title in ("tokens", *titles):
         cells = [
-            f"{at['psnr']:.2f}" + (f" ({at['fitting']:.0%} fit)" if at.get("fitting", 1) < 1 else "")
+            f"{at['psnr']:.2f}" + (f" in {at['bytes']:,.0f} bytes" if at.get("fitting", 1) < 1 else "")
             for at in found[title]["per_length"]
         ]
         rows.append([title, *cells])
     return (
         f"{markdown(rows, num_words=1)}\nJPEG and WebP at the bytes that tokens take, each image at the highest "
-        "quality that fits, or the lowest where none does.\n"
+        "quality that fits; where even the lowest is larger, that is measured, and the mean bytes are told.\n"
     )
 
 
