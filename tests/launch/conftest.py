@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from framework import runs
-from framework.config import load_config
-from tests.tiny_run import ROOT, TINY
-
 COMMANDS = {
     "srun": "true",
     "sbatch": """if [ -e refuse ]; then cat refuse >&2; exit 1; fi
@@ -50,14 +46,3 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 @pytest.fixture
 def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-
-
-@pytest.fixture
-def run_on_scenes(tmp_path: Path, quick_report: None) -> Path:
-    """A finished run on labelled images."""
-    folder = tmp_path / "run"
-    few = [f"data.{split}.num_images={count}" for split, count in (("train", 120), ("validation", 40), ("test", 40))]
-    sizes = [change for change in TINY if "num_crops" not in change]
-    config = load_config(ROOT / "projects/adatok/discrete/ntm.yaml", [*sizes, *few, f"run.dir={folder}"])
-    assert runs.train(config, print) == ("finished", 6)
-    return folder
