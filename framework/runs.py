@@ -22,6 +22,7 @@ from framework.engine.profiler import profile_training
 from framework.engine.run_directory import RunError as RunError
 from framework.engine.trackers import TRACKERS
 from framework.engine.trainer import Outcome, Trainer
+from framework.evaluation.evaluation import named
 from framework.models.loading import LOSSES, Which, restore, run_checkpoint, run_config
 from framework.models.loading import experiment_from as experiment_from
 from framework.models.loading import load as load
@@ -167,6 +168,7 @@ def evaluate(
     limit: int | None = None,
     checkpoint: Which = "latest",
     distances: Sequence[str] | None = None,
+    features: Sequence[str] | None = None,
 ) -> Path:
     """Evaluate a run's averaged weights on a split of its data; returns the folder of the results.
 
@@ -175,15 +177,16 @@ def evaluate(
         say: told where things are.
         split: which images.
         out: where results go; ``evaluation_SPLIT`` of the run unless given, beside its own ``evaluation``.
-        lengths: kept tokens to measure; a spread of them unless given.
+        lengths: kept tokens to measure, in place of ``evaluation.lengths``.
         limit: measure a fixed random subset of so many images.
         checkpoint: the latest, or the best as ``train.best`` says.
         distances: names of extractors, in place of those of the configuration's ``evaluation.distances``.
+        features: names of networks, in place of those of ``evaluation.features``.
     """
-    experiment = experiment_from(run_config(folder, distances), unread=[LOSSES])
+    experiment = experiment_from(run_config(folder, _measures(lengths, distances, features)), unread=[LOSSES])
     _use_threads(experiment)
     out = out or folder / f"evaluation_{split}{'' if checkpoint == 'latest' else '_best'}"
-    _evaluate(experiment, folder, split, out, say, lengths, limit, checkpoint)
+    _evaluate(experiment, folder, split, out, say, limit, checkpoint)
     return out
 
 
@@ -195,6 +198,7 @@ def compare(
     lengths: Sequence[int] | None = None,
     limit: int | None = None,
     distances: Sequence[str] | None = None,
+    features: Sequence[str] | None = None,
 ) -> None:
     """Measure several runs' models on the images of the first run; leave one table and one plot in ``out``.
 
@@ -203,14 +207,16 @@ def compare(
         say: told where things are.
         out: where results go.
         split: which images.
-        lengths: kept tokens to measure; a spread of them unless given.
+        lengths: kept tokens to measure, in place of the first run's ``evaluation.lengths``.
         limit: measure a fixed random subset of so many images.
         distances: names of extractors, in place of those of the first run's ``evaluation.distances``.
+        features: names of networks, in place of those of the first run's ``evaluation.features``.
 
     Raises:
         RunError: if the runs have trained different kinds of models, or some that are not compared.
     """
-    experiments = {folder: experiment_from(run_config(folder, distances), unread=[LOSSES]) for folder in folders}
+    other = _measures(lengths, distances, features)
+    experiments = {folder: experiment_from(run_config(folder, other), unread=[LOSSES]) for folder in folders}
     first = experiments[folders[0]]
     for folder, experiment in experiments.items():
         restore(experiment, folder, None)
@@ -223,11 +229,17 @@ def compare(
     histories = {str(folder): read_lines(folder / METRICS, "step") for folder in folders}
     train = first.data.train if first.evaluation.pca else None
     with torch.no_grad(), Stages() as progress:
-        data, judges = getattr(first.data, split), first.judges()
-        wanted = Report(data, train, out, {}, lengths, limit, progress, histories, judges)
+        measures = first.evaluation.to(first.run.torch_device())
+        wanted = Report(getattr(first.data, split), train, out, {}, measures, limit, progress, histories)
         type(first.task).compare(tasks, wanted)
     say((out / "comparison.md").read_text().strip())
     say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
+
+
+def _measures(
+    lengths: Sequence[int] | None, distances: Sequence[str] | None, features: Sequence[str] | None
+) -> dict[str, object]:
+    return ({} if lengths is None else {"lengths": list(lengths)}) | named(distances, features)
 
 
 def _prepare(experiment: Experiment, trainer: Trainer) -> None:
@@ -248,7 +260,6 @@ def _evaluate(
     split: Split,
     out: Path,
     say: Callable[[str], None],
-    lengths: Sequence[int] | None = None,
     limit: int | None = None,
     which: Which = "latest",
 ) -> None:
@@ -257,9 +268,9 @@ def _evaluate(
     task = experiment.task.to(experiment.run.torch_device()).eval()
     with torch.no_grad(), Stages() as progress:
         histories = {str(folder): read_lines(folder / METRICS, "step")}
-        judges, lengths = experiment.judges(), lengths or experiment.evaluation.lengths
-        train = data.train if experiment.evaluation.pca else None
-        wanted = Report(getattr(data, split), train, out, record, lengths, limit, progress, histories, judges)
+        measures = experiment.evaluation.to(experiment.run.torch_device())
+        train = data.train if measures.pca else None
+        wanted = Report(getattr(data, split), train, out, record, measures, limit, progress, histories)
         task.report(wanted)
     _say_results(out, say)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,12 +15,13 @@ import torch
 
 import framework.components  # noqa: F401 - law tests run over every registered component
 from framework import runs
+from framework.config import load_config
 from framework.tasks.interface import Report, Task
 from framework.tasks.train_allocation import TrainAllocation
 from framework.tasks.train_autoencoder import TrainAutoencoder
 from framework.tasks.train_tokenizer import TrainTokenizer
 from tests.test_layering import library_size
-from tests.tiny_run import tiny_policy_config, train_tiny
+from tests.tiny_run import ROOT, TINY, tiny_policy_config, train_tiny
 
 torch.set_num_threads(1)
 
@@ -50,6 +52,22 @@ def tiny_policy(tiny_run: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished_on_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a discrete tokenizer on labelled images, with its whole evaluation; to be read only."""
+    folder = tmp_path_factory.mktemp("labelled") / "scenes"
+    few = [f"data.{split}.num_images={count}" for split, count in (("train", 120), ("validation", 40), ("test", 40))]
+    sizes = [change for change in TINY if "num_crops" not in change]
+    runs.train(load_config(ROOT / "projects/adatok/discrete/ntm.yaml", [*sizes, *few, f"run.dir={folder}"]), print)
+    return folder
+
+
+@pytest.fixture
+def run_on_scenes(finished_on_scenes: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished_on_scenes, tmp_path / "scenes"))
+
+
 @pytest.fixture
 def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations leave what they were asked for, instead of measuring and plotting for seconds."""
@@ -58,7 +76,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not task.training and not torch.is_grad_enabled()
         asked = {
             "weights": wanted.record,
-            "lengths": wanted.lengths,
+            "lengths": wanted.measures.lengths,
             "limit": wanted.limit,
             "split": wanted.data.protocol()["split"],
         }

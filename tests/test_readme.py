@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import framework
 from framework.allocation.rewards import REWARDS
 from framework.config import load_config, resolve
 from framework.engine.experiment import Experiment
+from framework.evaluation.digit_judge import DigitJudge, JudgeTraining
+from framework.launch import judging
 from framework.tokenizers.interface import POLICIES, QUANTIZERS
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.tiny_run import ROOT, TINY, run_tool
@@ -67,7 +69,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    tools = {"train_net", "evaluate", "ablate", "info", "make_shards", "benchmark", "tokens", "convert"}
+    tools = {"train_net", "evaluate", "report", "ablate", "info", "make_shards", "benchmark", "tokens", "convert"}
     assert {arguments_of(command)[0] for command in COMMANDS} == tools
 
 
@@ -89,6 +91,7 @@ def test_other_commands_work(
     command: str,
     tiny_run: Path,
     tiny_policy: Path,
+    finished_on_scenes: Path,
     elsewhere: Path,
     quick_report: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,6 +100,11 @@ def test_other_commands_work(
     shutil.copytree(tiny_run, "runs/adatok/ntm")
     shutil.copytree(tiny_policy, "runs/adatok/ata")
     shutil.copytree(tiny_policy, "runs/adatok/ata_grpo")
+    labelled = "--probe" in command or "--judge" in command
+    shutil.copytree(finished_on_scenes if labelled else tiny_run, "runs/adatok/discrete/ntm")
+    shutil.copytree(tiny_policy, "runs/adatok/discrete/ata_grpo")
+    few = JudgeTraining(steps=20, batch_size=32)
+    monkeypatch.setattr(judging.DigitJudge, "trained", partial(DigitJudge.trained, training=few))
     Path("my/photos").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save("my/photos/a.png")
     if "--root my/shards" in command:

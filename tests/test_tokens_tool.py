@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,12 @@ from PIL import Image
 import framework
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.data.folder import ImageFolder
+from framework.data.stream import subset
 from framework.data.token_file import TokenFile
+from framework.evaluation.codecs import CODECS, compress
+from framework.evaluation.image_metrics import psnr, squared_error
+from framework.models.export import export
+from framework.models.loading import experiment_from, run_config
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.data.token_sets import header, some_tokens, written
 from tests.tiny_run import ROOT, files_of, run_tool
@@ -115,7 +121,54 @@ def test_several_crops_of_a_folder(photos: Path, tiny_run: Path, monkeypatch: py
     assert not torch.equal(latents[:12], latents[12:])
 
 
+def test_tokens_stand_beside_codecs_at_equal_bytes(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tokens"
+    encode = ["encode", "dataset", "--split", "test", "--run", tiny_run, "--length", "9", "--out", out]
+    assert run_tool(monkeypatch, "tokens", *encode) == 0
+    capsys.readouterr()
+    compare = ["compare", out, "dataset", "--split", "test", "--run", tiny_run, "--length", "3", "--limit", "10"]
+    assert run_tool(monkeypatch, "tokens", *compare) == 0
+    said = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for line in said.splitlines() if (cells := line.strip("| ").split(" | "))}
+    data = experiment_from(run_config(tiny_run), "meta").data.test
+    images = data.fetch(subset(len(data), 10), 0).images
+    tokenizer, max_bytes = framework.load(tiny_run), 3 * 16 * 32 // 8
+    assert isinstance(tokenizer, Tokenizer)
+    with torch.no_grad():
+        errors = squared_error(images, tokenizer.decode(tokenizer.encode(images, 3)))
+    assert rows["tokens"][:3] == [f"{max_bytes:.1f}", f"{1000 * errors.mean():.3g}", f"{psnr(errors).mean():.2f}"]
+    for codec in CODECS:
+        coded = compress(images, codec, max_bytes)
+        mse = squared_error(images, coded.reconstructions).mean()
+        expected = [f"{coded.num_bytes.double().mean():.1f}", f"{1000 * mse:.3g}"]
+        assert rows[codec.title][:2] == expected and rows[codec.title][3] == f"{coded.fits.double().mean():.0%}"
+    assert "10 images." in said
+    assert run_tool(monkeypatch, "tokens", "compare", out, "dataset", "--run", tiny_run) == 2
+    assert "has no tokens of these images" in capsys.readouterr().err
+
+
+def test_an_exported_model_does_what_its_run_does(
+    photos: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "cat/bad.png").unlink()
+    monkeypatch.chdir(photos.parent)
+    export(tiny_policy, Path("exported"))
+    for name, run in (("own", tiny_policy), ("other", "exported")):
+        assert run_tool(monkeypatch, "tokens", "encode", photos, "--run", run, "--out", name) == 0
+    own, other = TokenFile("own"), TokenFile("other")
+    assert torch.equal(own.lengths, other.lengths) and own.header.tokenizer == other.header.tokenizer
+    assert torch.equal(own.tokens(range(12)).latents, other.tokens(range(12)).latents)
+    assert run_tool(monkeypatch, "tokens", "decode", "own", "--run", "exported", "--out", "rebuilt") == 0
+    assert run_tool(monkeypatch, "tokens", "compare", "own", photos, "--run", "exported") == 0
+    assert len(list(Path("rebuilt").glob("*.png"))) == 12 and "| tokens | " in capsys.readouterr().out
+    assert run_tool(monkeypatch, "tokens", "encode", "dataset", "--run", "exported", "--out", "more") == 2
+    assert "an exported model comes without data: name a folder of images" in capsys.readouterr().err
+
+
 WRONG = {
+    "crops": (["compare", "CROPS", "PHOTOS", "--run", "RUN"], "has 2 random crops of each image"),
     "no policy": (["encode", "PHOTOS", "--run", "RUN", "--out", "t"], "length 'auto' needs a policy"),
     "no run": (["encode", "PHOTOS", "--run", "nothing", "--out", "t"], "nothing holds no run"),
     "no folder": (["encode", "nothing", "--run", "RUN", "--length", "4", "--out", "t"], "nothing does not exist"),
@@ -134,7 +187,9 @@ def test_what_is_wrong_is_told_in_words(
 ) -> None:
     monkeypatch.chdir(photos.parent)
     arguments, words = WRONG[case]
-    given = [argument.replace("RUN", str(tiny_run)).replace("PHOTOS", "photos") for argument in arguments]
+    written(Path("crops"), some_tokens(4), header(crops=2))
+    names = {"RUN": str(tiny_run), "PHOTOS": "photos", "CROPS": "crops"}
+    given = [reduce(lambda text, name: text.replace(name, names[name]), names, argument) for argument in arguments]
     assert run_tool(monkeypatch, "tokens", *given) == 2
     out, err = capsys.readouterr()
     assert words in err and "Traceback" not in err

@@ -11,8 +11,9 @@ examples:
   python tools/evaluate.py --run runs/adatok/ntm
   python tools/evaluate.py --run runs/adatok/ntm --split test --lengths 1 4 16
   python tools/evaluate.py --run runs/adatok/ntm runs/adatok/full_length --out runs/comparison
-  python tools/evaluate.py --run runs/adatok/ntm --distances STLPIPS EfficientNetLite0
+  python tools/evaluate.py --run runs/adatok/ntm --distances STLPIPS --features EfficientNetLite0Features
   python tools/evaluate.py --run runs/adatok/discrete/ntm --split test --probe
+  python tools/evaluate.py --run runs/adatok/discrete/ntm --split test --judge
 """
 
 
@@ -28,32 +29,40 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results; evaluation_SPLIT of the run unless given")
     judges = "extractors of perceptual distances to measure too, such as STLPIPS; those of the run unless given"
     parser.add_argument("--distances", nargs="+", metavar="NAME", help=judges)
+    networks = "networks to compare whole sets in, such as EfficientNetLite0Features or, for rFID, InceptionV3"
+    parser.add_argument("--features", nargs="+", metavar="NAME", help=networks)
+    instead = parser.add_mutually_exclusive_group()
     text = "measure linear probes of the tokens, on labelled images, instead; of TiTok's and AdaTok's readout with mean"
     readouts = ("concatenated", "mean")
-    parser.add_argument("--probe", nargs="?", const="concatenated", choices=readouts, metavar="READOUT", help=text)
-    arguments = parser.parse_args()
-    if len(arguments.run) > 1 and arguments.out is None:
+    instead.add_argument("--probe", nargs="?", const="concatenated", choices=readouts, metavar="READOUT", help=text)
+    text = "let a small classifier, trained for it, judge reconstructions of labelled images instead"
+    instead.add_argument("--judge", action="store_true", help=text)
+    given = parser.parse_args()
+    if len(given.run) > 1 and given.out is None:
         parser.error("to compare several runs, say where the results go: --out DIR")
-    if len(arguments.run) > 1 and arguments.checkpoint == "best":
+    if len(given.run) > 1 and given.checkpoint == "best":
         parser.error("several runs are compared by their latest checkpoints")
-    if arguments.probe and (len(arguments.run) > 1 or arguments.distances):
-        parser.error("--probe takes one run, and no distances")
-    measured = {name: getattr(arguments, name) for name in ("split", "lengths", "limit")}
+    if (given.probe or given.judge) and (len(given.run) > 1 or given.distances or given.features):
+        parser.error("--probe and --judge take one run, and neither distances nor features")
+    measured = {name: getattr(given, name) for name in ("split", "lengths", "limit", "out")}
 
     from framework import runs
     from framework.config import ConfigError
     from framework.engine.checkpoint import CheckpointError
+    from framework.launch.judging import judge
     from framework.launch.probing import probe
 
     try:
-        if len(arguments.run) > 1:
-            runs.compare(arguments.run, print, arguments.out, distances=arguments.distances, **measured)
-        elif arguments.probe:
-            one = {"out": arguments.out, "checkpoint": arguments.checkpoint}
-            probe(arguments.run[0], print, arguments.probe, **one, **measured)
+        if given.judge:
+            judge(given.run[0], print, checkpoint=given.checkpoint, **measured)
+        elif given.probe:
+            probe(given.run[0], print, given.probe, checkpoint=given.checkpoint, **measured)
         else:
-            one = {"out": arguments.out, "checkpoint": arguments.checkpoint, "distances": arguments.distances}
-            runs.evaluate(arguments.run[0], print, **one, **measured)
+            measured |= {"distances": given.distances, "features": given.features}
+            if len(given.run) > 1:
+                runs.compare(given.run, print, **measured)
+            else:
+                runs.evaluate(given.run[0], print, checkpoint=given.checkpoint, **measured)
     except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -14,7 +14,6 @@ from framework.engine.trainer import Trainer
 from framework.engine.training import Training
 from framework.evaluation.evaluation import Evaluation
 from framework.launch.options import Launch
-from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.ranks import Ranks
 from framework.runtime.records import Records, run_records
 from framework.tasks.interface import Task
@@ -114,10 +113,6 @@ class Experiment:
             records=self._records(ranks or Ranks()),
             ranks=ranks,
         )
-
-    def judges(self) -> dict[str, PerceptualLoss]:
-        """The distances that evaluations measure beside the squared error, on the run's device."""
-        return {name: judge.to(self.run.torch_device()) for name, judge in self.evaluation.distances.items()}
 
     def _records(self, ranks: Ranks) -> Records:
         if not ranks.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,21 @@ from framework.evaluation.allocation_plots import (
     plot_wall,
 )
 from framework.evaluation.allocation_study import DEFINITIONS, AllocationStudy, study_allocation
-from framework.evaluation.image_metrics import THRESHOLDS
+from framework.evaluation.evaluation import Evaluation
 from framework.evaluation.rate_distortion import Progress
+from framework.evaluation.reconstruction_distances import (
+    distances_text,
+    heading,
+    policy_lengths,
+    reconstruction_distances,
+)
 from framework.evaluation.report import choose_photograph
+from framework.evaluation.systems import system_facts
 from framework.evaluation.tables import columns_text, markdown
 from framework.runtime.files import write_text
 
 WALL_ROWS = 5
 MEANS = ("tokens", "reward", "MSE x 1000")
-RATES = tuple(f"rQPR {threshold}" for threshold in THRESHOLDS)
 
 
 def evaluate_allocation(
@@ -41,6 +48,7 @@ def evaluate_allocation(
     folder: Path,
     record: Mapping[str, object],
     history: History = (),
+    measures: Evaluation | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -57,6 +65,7 @@ def evaluate_allocation(
         folder: created if needed.
         record: which weights these are (run, step, seed); goes into the protocol.
         history: lines of the run's ``metrics.jsonl``.
+        measures: what to measure beside, without perceptual distances.
         limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
 
@@ -64,11 +73,30 @@ def evaluate_allocation(
         The contents of ``metrics.json``.
 
     Raises:
-        ValueError: see ``study_allocation``.
+        ValueError: see ``study_allocation`` and ``reconstruction_distances``.
     """
+    measures = measures or Evaluation()
     study = study_allocation(model, reward, fidelity, data, record, limit, progress)
+    study = replace(study, thresholds=measures.thresholds)
     summary = study.summary()
     metrics: dict[str, Any] = {"definitions": DEFINITIONS, "allocation": summary, "systems": study.systems()}
+    mean = summary["policies"]["policy"]["length"]
+    fixed = sorted({min(study.budgets, key=lambda budget: abs(budget - mean)), study.budgets[-1]})
+    metrics["system"] = system_facts(model)
+    metrics["distributions"] = {
+        metric: reconstruction_distances(
+            model.tokenizer,
+            data,
+            network,
+            fixed,
+            {"policy": policy_lengths(model)},
+            measures.reference(network),
+            limit,
+            record=record,
+            progress=progress,
+        )
+        for metric, network in measures.features.items()
+    }
     if kinds := study.by_kind():
         metrics["kinds"] = kinds
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
@@ -94,6 +122,7 @@ def compare_allocations(
     models: Mapping[str, tuple[AdaptiveTokenizer, Reward, Fidelity, History]],
     data: ImageData,
     folder: Path,
+    measures: Evaluation | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -103,15 +132,19 @@ def compare_allocations(
         models: by name, each with its reward, what that reads, and the lines of its run's ``metrics.jsonl``.
         data: images that were not trained on.
         folder: created if needed.
+        measures: what to measure beside, without perceptual distances.
         limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
 
     Raises:
-        ValueError: see ``study_allocation``.
+        ValueError: see ``study_allocation`` and ``reconstruction_distances``.
     """
     discrete = any(model.tokenizer.quantizer.vocabulary is not None for model, *_ in models.values())
     header = ["run", *MEANS, *(["bits per image"] if discrete else []), "reward minus fixed at mean's"]
-    rows = [[*header, "of the gap to the oracle", "of that of the best fixed", "rank correlation with error"]]
+    header += ["of the gap to the oracle", "of that of the best fixed", "rank correlation with error"]
+    measures = measures or Evaluation()
+    rows = [[*header, *map(heading, measures.features)]]
+    told: dict[str, Any] = {"limit": limit, "progress": progress}
     for name, (model, reward, fidelity, _) in models.items():
         study = study_allocation(model, reward, fidelity, data, {}, limit, progress)
         summary = study.summary()
@@ -125,6 +158,10 @@ def compare_allocations(
                 _text(summary["rank_correlation"]["error_at_shortest"], ".2f"),
             ]
         )
+        for metric, network in measures.features.items():
+            own, reference = {"policy": policy_lengths(model)}, measures.reference(network)
+            found = reconstruction_distances(model.tokenizer, data, network, [], own, reference, **told)
+            rows[-1].append(f"{found['own_lengths']['policy'][metric]:.4g}")
     write_text(folder / "comparison.md", f"{markdown(rows, num_words=1)}\n{_scope(summary)}\n")
     histories = {name: history for name, (*_, history) in models.items()}
     plot_training(histories, [len(model.policy.budgets) for model, *_ in models.values()], folder / "comparison.png")
@@ -144,7 +181,8 @@ def _per_image(study: AllocationStudy) -> str:
 
 def _table(metrics: Mapping[str, Any]) -> str:
     summary = metrics["allocation"]
-    header = ["", *MEANS, *RATES, "encodings", "decodings"]
+    rates = _rates(summary["policies"]["policy"])
+    header = ["", *MEANS, *rates, "encodings", "decodings"]
     rows = [[*header, "policy's reward minus this", "policy's MSE x 1000 minus this"]]
     for name, numbers in summary["policies"].items():
         difference = summary["differences"].get(name)
@@ -168,6 +206,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
         f"Rewards are unimodal for {summary['unimodal']:.1%} of images{hard}; the distortion falls at "
         f"{summary['falling']:.1%} of steps between budgets. The search asks for {summary['search_threshold']:.4g}.",
         f"The reward: {summary['protocol']['reward']}.",
+        *(distances_text(metric, found).strip() for metric, found in metrics["distributions"].items()),
         _scope(summary),
     ]
     tables = [_systems(metrics), markdown(rows, num_words=1).rstrip()]
@@ -180,14 +219,22 @@ def _table(metrics: Mapping[str, Any]) -> str:
 
 
 def _systems(metrics: Mapping[str, Any]) -> str:
-    rows = [["", "tokens", "bits per image", "MSE x 1000", "PSNR, dB", *RATES]]
-    full, adaptive = metrics["systems"]["full"], metrics["systems"]["adaptive"]
+    full, adaptive, sets = metrics["systems"]["full"], metrics["systems"]["adaptive"], metrics["distributions"]
+    rows = [["", "tokens", "bits per image", "MSE x 1000", "PSNR, dB", *_rates(full), *map(heading, sets)]]
     every = full["length"] == metrics["allocation"]["protocol"]["num_tokens"]
     for name, numbers in {"Full" if every else "longest budget": full, "Adaptive": adaptive}.items():
         tokens, _, mse = _means(numbers)
         rates = (f"{share:.0%}" for share in numbers["rqpr"].values())
-        rows.append([name, tokens, _bits(numbers), mse, f"{numbers['psnr']:.2f}", *rates])
+        distances = (
+            f"{(each['own_lengths']['policy'] if name == 'Adaptive' else each['per_length'][-1])[metric]:.4g}"
+            for metric, each in sets.items()
+        )
+        rows.append([name, tokens, _bits(numbers), mse, f"{numbers['psnr']:.2f}", *rates, *distances])
     return markdown(rows, num_words=1).rstrip()
+
+
+def _rates(numbers: Mapping[str, Any]) -> list[str]:
+    return [f"rQPR {threshold}" for threshold in numbers["rqpr"]]
 
 
 def _bits(system: Mapping[str, Any]) -> str:

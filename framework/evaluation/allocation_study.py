@@ -108,6 +108,7 @@ class AllocationStudy:
         protocol: how all this was measured.
         bits_per_token: log2 of the number of codes; ``None`` where tokens are continuous.
         kinds: what sort of image each one is, where the data set tells.
+        thresholds: squared errors at which the quality pass rate is reported.
     """
 
     distortions: Tensor
@@ -123,6 +124,7 @@ class AllocationStudy:
     protocol: Mapping[str, object]
     bits_per_token: float | None = None
     kinds: tuple[str, ...] | None = None
+    thresholds: tuple[float, ...] = THRESHOLDS
 
     @property
     def lengths(self) -> Tensor:
@@ -234,7 +236,7 @@ class AllocationStudy:
         return {
             **{metric: choice.mean(table) for metric, table in self.tables.items()},
             **{f"{metric}_std": choice.std(table) for metric, table in self.tables.items()},
-            "rqpr": {str(limit): choice.mean((self.squared_errors <= limit).double()) for limit in THRESHOLDS},
+            "rqpr": {str(most): choice.mean((self.squared_errors <= most).double()) for most in self.thresholds},
             "encoder_passes": choice.encoder_passes,
             "decoder_passes": choice.decoder_passes,
         }

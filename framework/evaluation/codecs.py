@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from framework.data.interface import ImageData
-from framework.evaluation.image_metrics import UINT8_RULE, squared_error, to_uint8
+from framework.data.stream import subset
+from framework.evaluation.image_metrics import UINT8_RULE, psnr, squared_error, to_uint8
 from framework.evaluation.rate_distortion import Progress, RateDistortion, measure_all
+from framework.evaluation.tables import markdown
 
 DEFINITIONS = {
     "max_bytes": "of each image: its bits, rounded up to whole bytes",
@@ -210,6 +212,51 @@ def at_equal_size(
         ]
         found[codec.title] = {"protocol": summary["protocol"], "per_length": rows}
     return found
+
+
+def codecs_beside(
+    curve: RateDistortion,
+    data: ImageData,
+    bits_per_token: float,
+    images: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """``at_equal_size`` for a curve of discrete tokens, whose own numbers of the same images are under ``tokens``.
+
+    Args:
+        curve: of the images of ``data``, or of a subset of ``limit``.
+        bits_per_token: log2 of its codes.
+        images: a fixed random subset of so many is compared.
+    """
+    count = images if limit is None else min(images, limit)
+    bits = {length: length * bits_per_token for length in curve.lengths}
+    compared = {data.key(index) for index in subset(len(data), count)}
+    errors = curve.errors[[row for row, key in enumerate(curve.keys) if key in compared]]
+    own = [
+        {"length": length, "mse": each.mean().item(), "psnr": psnr(each).mean().item()}
+        for length, each in zip(curve.lengths, errors.T, strict=True)
+    ]
+    return {**at_equal_size(data, bits, limit=count, progress=progress), "tokens": {"per_length": own}}
+
+
+def codecs_text(found: Mapping[str, Any]) -> str:
+    """A table of what ``codecs_beside`` has found."""
+    titles = [codec.title for codec in CODECS]
+    first = found[titles[0]]
+    lengths = [str(at["length"]) for at in first["per_length"]]
+    rows = [[f"PSNR, dB, of {first['protocol']['images']} images at tokens", *lengths]]
+    rows.append(["bytes at most", *(str(at["max_bytes"]) for at in first["per_length"])])
+    for title in ("tokens", *titles):
+        cells = [
+            f"{at['psnr']:.2f}" + (f" in {at['bytes']:,.0f} bytes" if at.get("fitting", 1) < 1 else "")
+            for at in found[title]["per_length"]
+        ]
+        rows.append([title, *cells])
+    return (
+        f"{markdown(rows, num_words=1)}\nJPEG and WebP at the bytes that tokens take, each image at the highest "
+        "quality that fits; where even the lowest is larger, that is measured, and the mean bytes are told.\n"
+    )
 
 
 def _note(numbers: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,10 @@ INCEPTION = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 
+ON_CPU = 2
+"""Images at a time on a CPU, where maps of more are so large that the system clears new memory for every layer; with
+64 at a time that took three quarters of the time."""
+
 
 class Extracted(NamedTuple):
     """Features ``(b, d)`` float32, and logits ``(b, k)`` where an inception score is defined on them."""
@@ -59,8 +63,11 @@ class DistributionFeatures(nn.Module, ABC):
             )
         self.eval()
         device = next(self.parameters()).device
+        parts = images.to(device).split(ON_CPU if device.type == "cpu" else max(len(images), 1))
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self.extract(images.to(device))
+            found = [self.extract(part) for part in parts]
+        logits = [part.logits for part in found if part.logits is not None]
+        return Extracted(torch.cat([part.features for part in found]), torch.cat(logits) if logits else None)
 
     @abstractmethod
     def extract(self, images: Tensor) -> Extracted:

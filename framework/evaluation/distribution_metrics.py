@@ -223,6 +223,15 @@ class FeatureSet:
     kept: Tensor
     logits: Tensor | None = None
 
+    def over_ranks(self, ranks: Ranks) -> FeatureSet:
+        """Of the images of all ranks, on every rank, each of which holds those that follow the last rank's.
+
+        In that order the scores, which shuffle images, are those of one process. All ranks must call it.
+        """
+        logits = [part for part in ranks.gather(self.logits) if part is not None]
+        kept = torch.cat(ranks.gather(self.kept))
+        return FeatureSet(self.statistics.over_ranks(ranks), kept, torch.cat(logits) if logits else None)
+
 
 class FeatureCollector:
     """Takes in the images of a set, batch by batch; how they are batched changes nothing but rounding.
@@ -230,13 +239,16 @@ class FeatureCollector:
     Args:
         features: the network.
         kept: numbers, from 0, of the images whose features are kept for precision and recall.
+        first: number of the first image, where another rank has those before it.
     """
 
-    def __init__(self, features: DistributionFeatures, kept: Container[int] = range(MAX_KEPT)) -> None:
+    def __init__(
+        self, features: DistributionFeatures, kept: Container[int] = range(MAX_KEPT), first: int = 0
+    ) -> None:
         self.features = features
         self._wanted = kept
         self._statistics: FeatureStatistics | None = None
-        self._seen = 0
+        self._seen = first
         self._kept: list[Tensor] = [torch.empty(0, features.dim)]
         self._logits: list[Tensor] = []
 

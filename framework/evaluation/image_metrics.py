@@ -17,6 +17,7 @@ THRESHOLDS = (0.005, 0.01, 0.02)
 """Errors at which the quality pass rate is reported; the last is AdaTok's."""
 
 UINT8_RULE = "255 x, rounded to the nearest (halves to even), after clamping x to [0, 1]"
+SSIM_WINDOW = 11
 SSIM_PROTOCOL = (
     "Wang et al. 2004: Gaussian window of 11x11, sigma 1.5, population covariances, K1 .01, K2 .03, data range 1; the "
     "mean over windows that lie wholly inside the image, and over red, green and blue"
@@ -61,7 +62,7 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     _refuse_unlike(images, reconstructions)
     if not (images.is_floating_point() and reconstructions.is_floating_point()):
         raise ValueError(f"images must be float in [0, 1], got {images.dtype} and {reconstructions.dtype}")
-    if min(images.shape[2:]) < 11:
+    if min(images.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM has a window of 11x11 pixels, and images are {images.shape[2]}x{images.shape[3]}")
     x, y = images.double(), reconstructions.double()
     offsets = torch.arange(-5, 6, dtype=torch.float64, device=x.device)

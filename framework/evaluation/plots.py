@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from framework.evaluation.codebook import CodebookStatistics
-from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
+from framework.evaluation.image_metrics import psnr, rqpr, squared_error
 from framework.evaluation.rate_distortion import RateDistortion, reconstructions
 from framework.runtime.files import write_bytes
 from framework.tokenizers.tokenizer import Tokenizer
@@ -63,10 +63,10 @@ def plot_rate_distortion(
     for (name, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
         means = curve.errors.mean(0)
         error_axes.plot(curve.lengths, means, color=colour, linewidth=2.8, marker="o", label=name)
-        for threshold, style in zip(THRESHOLDS, STYLES, strict=True):
+        for threshold, style in zip(first.thresholds, cycle(STYLES), strict=False):
             rates = rqpr(curve.errors, threshold)
             rate_axes.plot(curve.lengths, rates, style, color=colour, linewidth=2.4, marker="o", markersize=5)
-    for threshold, style in zip(THRESHOLDS, STYLES, strict=True):
+    for threshold, style in zip(first.thresholds, cycle(STYLES), strict=False):
         rate_axes.plot([], [], style, color=GREY, linewidth=2.4, label=f"error at most {threshold}")
     if baseline is not None:
         means = baseline.errors.mean(0)

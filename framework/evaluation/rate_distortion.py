@@ -18,7 +18,7 @@ from torch import Tensor
 
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
-from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr, squared_error
+from framework.evaluation.image_metrics import SSIM_PROTOCOL, SSIM_WINDOW, THRESHOLDS, psnr, rqpr, squared_error, ssim
 from framework.evaluation.tables import columns_text
 from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
@@ -46,8 +46,9 @@ DEFINITIONS = {
     "tokens: those behind it, which together lower the mean error by no more. Where the lengths just below were not "
     "measured, more may be idle; null where the length of all tokens was not measured",
     "kinds": "count: images of this kind; per_length: mse over these alone",
-    "distances": "other distances, if any were asked for, are means over images, with intervals as of mse; the "
-    "protocol says of each what it is",
+    "ssim": "structural similarity, mean over images; the protocol says which; of images of 11 pixels or more",
+    "distances": "other distances, if any were asked for, are means over images, as ssim is, with intervals as of mse; "
+    "the protocol says of each what it is",
     "floor": "of a tokenizer that works in an autoencoder's space: images that only go through that and back",
 }
 IDLE_TOLERANCE = 0.01
@@ -75,7 +76,8 @@ class RateDistortion:
         groups: the photograph that each image was cut from.
         protocol: how the errors were measured.
         kinds: what sort of image each one is, where the data set tells.
-        distances: other distances ``(i, l)`` float64, by name; the protocol says what each is.
+        distances: other numbers of the same images ``(i, l)`` float64, by name; the protocol says what each is.
+        thresholds: squared errors at which the quality pass rate is reported.
     """
 
     errors: Tensor
@@ -85,6 +87,7 @@ class RateDistortion:
     protocol: Mapping[str, object]
     kinds: tuple[str, ...] | None = None
     distances: Mapping[str, Tensor] = field(default_factory=dict)
+    thresholds: tuple[float, ...] = THRESHOLDS
 
     @cached_property
     def intervals(self) -> Tensor:
@@ -107,7 +110,7 @@ class RateDistortion:
                     "rmse": errors.mean().item(),
                     "root_mse": errors.sqrt().mean().item(),
                     "psnr": psnr(errors).mean().item(),
-                    "rqpr": {str(threshold): rqpr(errors, threshold).item() for threshold in THRESHOLDS},
+                    "rqpr": {str(threshold): rqpr(errors, threshold).item() for threshold in self.thresholds},
                     "share_falling": share,
                     **others,
                 }
@@ -330,7 +333,7 @@ def rate_distortion(
 
     lengths = default_lengths(tokenizer.num_tokens) if lengths is None else lengths
     curve = measure_all("tokenizer", numbers, data, lengths, limit, batch_size, record, progress)
-    return replace(curve, protocol=dict(curve.protocol) | distance_protocols(distances or {}))
+    return _told(curve, distances or {})
 
 
 def space_floor(
@@ -354,24 +357,28 @@ def space_floor(
 
     positions = (data.image_size // space.downsampling) ** 2
     floor = measure_all("autoencoder", numbers, data, [positions], limit, batch_size, record, progress)
-    return replace(floor, protocol=dict(floor.protocol) | distance_protocols(distances or {}))
+    return _told(floor, distances or {})
 
 
 def _numbers(
     images: Tensor, rebuilt: Iterable[Tensor], distances: Mapping[str, PerceptualLoss]
 ) -> dict[str, Tensor]:
     """By metric, the numbers of each image and reconstruction: ``(b, l)``."""
-    columns: dict[str, list[Tensor]] = {"mse": [], **{name: [] for name in distances}}
+    measured: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_error}
+    measured |= {"ssim": ssim} if min(images.shape[2:]) >= SSIM_WINDOW else {}
+    measured |= {name: distance.distances for name, distance in distances.items()}
+    columns: dict[str, list[Tensor]] = {name: [] for name in measured}
     for reconstruction in rebuilt:
-        columns["mse"].append(squared_error(images, reconstruction))
-        for name, distance in distances.items():
-            columns[name].append(distance.distances(reconstruction, images))
+        for name, number in measured.items():
+            columns[name].append(number(reconstruction.float(), images))
     return {name: torch.stack(column, dim=1) for name, column in columns.items()}
 
 
-def distance_protocols(distances: Mapping[str, PerceptualLoss]) -> dict[str, object]:
-    """What a protocol says of distances beside the squared error."""
-    return {"distances": {name: distance.protocol() for name, distance in distances.items()}} if distances else {}
+def _told(curve: RateDistortion, distances: Mapping[str, PerceptualLoss]) -> RateDistortion:
+    """With a protocol that says what the numbers beside the squared error are."""
+    told: dict[str, object] = {"ssim": SSIM_PROTOCOL} if "ssim" in curve.distances else {}
+    told |= {"distances": {name: distance.protocol() for name, distance in distances.items()}} if distances else {}
+    return replace(curve, protocol={**curve.protocol, **told})
 
 
 def validation_errors(

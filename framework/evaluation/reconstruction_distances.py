@@ -6,6 +6,7 @@ Shapes: b images of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from framework.evaluation.distribution_metrics import DEFINITIONS, MAX_KEPT, Fea
 from framework.evaluation.image_metrics import UINT8_RULE, to_uint8
 from framework.evaluation.rate_distortion import Progress, default_lengths, reconstructions
 from framework.evaluation.reference_statistics import Reference
+from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
 
 ORIGINALS = "originals"
@@ -63,6 +65,10 @@ def data_reference(
     return Reference(collector.collected(), _images_protocol(data, batches, images))
 
 
+Version = tuple[int | str, Tensor, Tensor | None]
+"""What images become: a length or a name, ``(b, 3, h, w)`` in [0, 1], and kept tokens ``(b,)`` where they vary."""
+
+
 @torch.no_grad()
 def reconstruction_distances(
     tokenizer: Tokenizer,
@@ -101,22 +107,66 @@ def reconstruction_distances(
     lengths = default_lengths(tokenizer.num_tokens) if lengths is None else lengths
     if len(set(lengths)) < len(lengths):
         raise ValueError(f"each length can be measured once, got {list(lengths)}; try {sorted(set(lengths))}")
+    own_lengths, device = own_lengths or {}, next(tokenizer.parameters()).device
+
+    def versions(batch: Batch) -> Iterator[Version]:
+        images = batch.images.to(device)
+        for length, rebuilt in zip(lengths, reconstructions(tokenizer, images, lengths), strict=True):
+            yield length, rebuilt, None
+        for name, choose in own_lengths.items():
+            kept = choose(images, batch.keys)
+            yield name, tokenizer.decode(tokenizer.encode(images, kept)), kept
+
+    names: list[int | str] = [*lengths, *own_lengths]
+    return _distances_of(versions, names, data, features, reference, limit, batch_size, record, progress)
+
+
+@torch.no_grad()
+def space_distances(
+    space: ImageSpace,
+    data: ImageData,
+    features: DistributionFeatures,
+    reference: Reference | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    record: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The same of images that only go through a space and back; its one length is the number of positions."""
+    device, positions = next(space.parameters()).device, (data.image_size // space.downsampling) ** 2
+
+    def versions(batch: Batch) -> Iterator[Version]:
+        yield positions, space.decode(space.encode(batch.images.to(device))).clamp(0, 1), None
+
+    return _distances_of(versions, [positions], data, features, reference, limit, batch_size, record, progress)
+
+
+def _distances_of(
+    versions: Callable[[Batch], Iterator[Version]],
+    names: Sequence[int | str],
+    data: ImageData,
+    features: DistributionFeatures,
+    reference: Reference | None,
+    limit: int | None,
+    batch_size: int,
+    record: Mapping[str, object] | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
     total = len(data) if limit is None else min(limit, len(data))
-    own_lengths = own_lengths or {}
-    names: list[int | str] = [ORIGINALS, *lengths, *own_lengths]
-    collectors = {name: FeatureCollector(features, set(subset(total, MAX_KEPT))) for name in names}
-    tokens: dict[str, list[int]] = {name: [] for name in own_lengths}
+    kept = set(subset(total, MAX_KEPT))
+    collectors = {name: FeatureCollector(features, kept) for name in [ORIGINALS, *names]}
+    tokens: dict[str, list[int]] = {name: [] for name in names if isinstance(name, str)}
     batches, images = Sequential(data, batch_size, limit), 0
     for batch in batches:
-        for name, pictures, kept in _versions(tokenizer, batch, lengths, own_lengths):
+        for name, pictures, own in chain([(ORIGINALS, batch.images, None)], versions(batch)):
             if not pictures.isfinite().all():
                 raise ValueError(
                     f"images at length {name} are not finite, among {', '.join(batch.keys[:3])} and the rest of their "
                     "batch: the weights have probably diverged, use an earlier checkpoint"
                 )
             collectors[name].add(to_uint8(pictures))
-            if isinstance(name, str) and kept is not None:
-                tokens[name] += kept.tolist()
+            if own is not None:
+                tokens[str(name)] += own.tolist()
         images += len(batch.keys)
         if progress is not None:
             progress(features.metric, images + len(batches.broken), total)
@@ -124,13 +174,14 @@ def reconstruction_distances(
     originals = sets.pop(ORIGINALS)
     compared = Reference(originals, {"images": ORIGINALS}) if reference is None else reference
     numbers = {name: distances(features, compared.images, found) for name, found in sets.items()}
+    lengths = [name for name in names if isinstance(name, int)]
     return {
         "definitions": DEFINITIONS,
         "protocol": {
             "reference": dict(compared.protocol),
             **_images_protocol(data, batches, images),
             "features": features.protocol(),
-            "lengths": list(lengths),
+            "lengths": lengths,
             "weights": dict(record or {}),
         },
         ORIGINALS: scores(originals) if reference is None else distances(features, reference.images, originals),
@@ -141,17 +192,25 @@ def reconstruction_distances(
     }
 
 
-def _versions(
-    tokenizer: Tokenizer, batch: Batch, lengths: Sequence[int], own_lengths: Mapping[str, OwnLengths]
-) -> Iterator[tuple[int | str, Tensor, Tensor | None]]:
-    """The originals, and each reconstruction of them, with the lengths ``(b,)`` where they differ."""
-    images = batch.images.to(next(tokenizer.parameters()).device)
-    yield ORIGINALS, images, None
-    for length, rebuilt in zip(lengths, reconstructions(tokenizer, images, lengths), strict=True):
-        yield length, rebuilt, None
-    for name, choose in own_lengths.items():
-        kept = choose(images, batch.keys)
-        yield name, tokenizer.decode(tokenizer.encode(images, kept)), kept
+def distances_text(metric: str, found: Mapping[str, Any]) -> str:
+    """What stands below a table with a column of ``metric``: against what, in whose features, and what to beware of."""
+    protocol, network = found["protocol"], found["protocol"]["features"]
+    against = "these images themselves" if protocol["reference"] == {"images": ORIGINALS} else protocol["reference"]
+    own = found["own_lengths"]
+    every = [*found["per_length"], *own.values()]
+    listed = [f"{at[metric]:.4g} at {at['length']}" for at in found["per_length"]]
+    listed += [f"{at[metric]:.4g} at the {name}'s own, {at['mean_length']:.2f} on average" for name, at in own.items()]
+    numbers = f" By tokens: {', '.join(listed)}." if own else ""
+    notes = "".join(f" Note: {note}." for note in dict.fromkeys(note for at in every for note in at["notes"]))
+    return (
+        f"{heading(metric)}: {protocol['images']:,} reconstructions against {against}; {network['network']}, "
+        f"{network['resize']}, weights {network['weights_sha256'][:12]}.{numbers}{notes}\n"
+    )
+
+
+def heading(metric: str) -> str:
+    """What a table of reconstructions calls a Frechet distance: the field's rFID where it is one."""
+    return "rFID" if metric == "fid" else metric
 
 
 def _images_protocol(data: ImageData, batches: Sequential, images: int) -> dict[str, object]:

@@ -6,6 +6,7 @@ Shapes: images (3, h, w) in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,27 @@ from torch import Tensor
 from framework.data.interface import ImageData
 from framework.data.stream import Sequential, subset
 from framework.evaluation.codebook import CodebookStatistics
-from framework.evaluation.image_metrics import THRESHOLDS, psnr, rqpr
+from framework.evaluation.codecs import codecs_beside, codecs_text
+from framework.evaluation.evaluation import Evaluation
+from framework.evaluation.image_metrics import psnr, rqpr
 from framework.evaluation.pca import MAX_VALUES, PrincipalComponents
 from framework.evaluation.plots import (
     plot_codebook,
     plot_rate_distortion,
     plot_reconstructions,
-    plot_tiled_by_all,
     plot_tiled_photograph,
 )
 from framework.evaluation.rate_distortion import (
     Progress,
     RateDistortion,
-    default_lengths,
     few_lengths,
     measure,
     rate_distortion,
     reconstructions,
     space_floor,
 )
+from framework.evaluation.reconstruction_distances import distances_text, heading, reconstruction_distances
+from framework.evaluation.systems import system_facts
 from framework.evaluation.tables import markdown
 from framework.losses.perceptual import PerceptualLoss
 from framework.runtime.files import write_text
@@ -47,10 +50,9 @@ def evaluate_tokenizer(
     folder: Path,
     record: Mapping[str, object],
     train_data: ImageData | None = None,
-    lengths: Sequence[int] | None = None,
+    measures: Evaluation | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
-    distances: Mapping[str, PerceptualLoss] | None = None,
 ) -> dict[str, object]:
     """Measure a tokenizer on held-out images and leave the results in a folder.
 
@@ -63,30 +65,40 @@ def evaluate_tokenizer(
         folder: created if needed.
         record: which weights these are (run, step, averaged or not, seed); goes into the protocol.
         train_data: what principal components are fitted to; without it there is no baseline.
-        lengths: kept tokens, increasing; ``default_lengths`` if not given.
+        measures: what to measure, on the tokenizer's device.
         limit: measure a fixed random subset of so many images.
         progress: told how far the measuring is.
-        distances: measured beside the squared error, by name.
 
     Returns:
         The contents of ``metrics.json``.
 
     Raises:
-        ValueError: see ``measure`` and ``tokenizer_errors``.
+        ValueError: see ``measure``, ``tokenizer_errors`` and ``reconstruction_distances``.
     """
-    curve = rate_distortion(tokenizer, data, lengths, limit, record=record, progress=progress, distances=distances)
-    baseline = _principal_components(curve, tokenizer.token_dim, data, train_data, limit, progress)
+    measures = measures or Evaluation()
+    told: dict[str, Any] = {"limit": limit, "progress": progress}
+    curve = rate_distortion(
+        tokenizer, data, measures.lengths, record=record, distances=measures.distances, **told
+    )
+    curve = replace(curve, thresholds=measures.thresholds)
+    baseline = principal_components(curve, tokenizer.token_dim, data, train_data, limit, progress)
     if baseline is not None:
         summary, note = baseline.summary(), "PCA keeps as many components as the tokens have floats."
     else:
         reason = "not asked for" if train_data is None else f"images of {_num_values(data)} values"
         summary, note = None, f"No PCA baseline: {reason}."
-    sections: dict[str, Any] = {"idle_tail": curve.idle_tail(tokenizer.num_tokens)}
-    floor = _floor(tokenizer, data, limit, progress, distances)
+    sections: dict[str, Any] = {"system": system_facts(tokenizer), "idle_tail": curve.idle_tail(tokenizer.num_tokens)}
+    floor = _floor(tokenizer, data, limit, progress, measures.distances)
     if floor is not None:
         sections["floor"] = floor.summary()
     if kinds := curve.by_kind():
         sections["kinds"] = kinds
+    sections["distributions"] = {
+        metric: reconstruction_distances(
+            tokenizer, data, network, curve.lengths, reference=measures.reference(network), record=record, **told
+        )
+        for metric, network in measures.features.items()
+    }
     if (vocabulary := tokenizer.quantizer.vocabulary) is not None:
         codebook = CodebookStatistics(tokenizer.num_tokens, vocabulary)
         for _ in codebook.counting(tokenizer, Sequential(data, 64, limit)):
@@ -97,8 +109,11 @@ def evaluate_tokenizer(
         floats = f"{tokenizer.token_dim} floats for it are not coded"
         if baseline is not None:
             note += f" Equal floats are not equal bits: a token is {bits}, while PCA's {floats}."
+        if measures.codec_images:
+            bits_per_token = sections["codebook"]["bits_per_token"]
+            sections["codecs"] = codecs_beside(curve, data, bits_per_token, measures.codec_images, limit, progress)
     metrics = curve.save(folder, sections | {"pca": summary, "pca_note": note})
-    write_text(folder / "table.md", _table(curve, baseline, metrics, distances or {}))
+    write_text(folder / "table.md", _table(curve, baseline, metrics, measures.distances))
     plot_rate_distortion({"tokenizer": curve}, baseline, folder / "rate_distortion.png", floor)
 
     indices = {data.key(index): index for index in subset(len(data), limit)}
@@ -109,56 +124,6 @@ def evaluate_tokenizer(
     photograph = choose_photograph(data, curve.groups)
     plot_tiled_photograph(photograph, tokenizer, few_lengths(tokenizer.num_tokens), folder / "photograph.png")
     return metrics
-
-
-def compare_tokenizers(
-    tokenizers: Mapping[str, Tokenizer],
-    data: ImageData,
-    folder: Path,
-    train_data: ImageData | None = None,
-    lengths: Sequence[int] | None = None,
-    limit: int | None = None,
-    progress: Progress | None = None,
-    distances: Mapping[str, PerceptualLoss] | None = None,
-) -> None:
-    """Measure several tokenizers on the same images; leave ``comparison.md``, its plot, and one photograph by all.
-
-    Args:
-        tokenizers: by name, in eval mode; lengths and the PCA baseline follow the first.
-        data: images that were not trained on.
-        folder: created if needed.
-        train_data: what principal components are fitted to; without it there is no baseline.
-        lengths: kept tokens, increasing; ``default_lengths`` of the first tokenizer if not given.
-        limit: measure a fixed random subset of so many images.
-        progress: told how far the measuring is.
-        distances: measured beside the squared error, by name.
-
-    Raises:
-        ValueError: see ``measure`` and ``tokenizer_errors``.
-    """
-    first = next(iter(tokenizers.values()))
-    lengths = default_lengths(first.num_tokens) if lengths is None else lengths
-    curves = {
-        name: rate_distortion(tokenizer, data, lengths, limit, progress=progress, distances=distances)
-        for name, tokenizer in tokenizers.items()
-    }
-    shown = next(iter(curves.values()))
-    baseline = _principal_components(shown, first.token_dim, data, train_data, limit, progress)
-    every = curves if baseline is None else curves | {"PCA, equal floats": baseline}
-    rows = [["MSE x 1000 at tokens", *map(str, lengths)]]
-    for name, curve in every.items():
-        rows.append([name, *(f"{1000 * error:.3g}" for error in curve.errors.mean(0).tolist())])
-    texts = [markdown(rows, num_words=1)]
-    for metric, distance in (distances or {}).items():
-        rows = [[f"{distance.extractor.title} at tokens", *map(str, lengths)]]
-        for name, curve in curves.items():
-            rows.append([name, *(f"{value:.3g}" for value in curve.distances[metric].mean(0).tolist())])
-        texts.append(markdown(rows, num_words=1))
-    texts.append(f"{_images(shown)}; pixels in [0, 1]; {data.protocol()}\n")
-    write_text(folder / "comparison.md", "\n".join(texts))
-    plot_rate_distortion(curves, baseline, folder / "comparison.png")
-    photograph = choose_photograph(data, shown.groups)
-    plot_tiled_by_all(photograph, tokenizers, few_lengths(first.num_tokens)[-2:], folder / "photograph.png")
 
 
 def _floor(
@@ -181,7 +146,7 @@ def _num_values(data: ImageData) -> int:
     return 3 * data.image_size**2
 
 
-def _principal_components(
+def principal_components(
     curve: RateDistortion,
     token_dim: int,
     data: ImageData,
@@ -189,7 +154,7 @@ def _principal_components(
     limit: int | None,
     progress: Progress | None,
 ) -> RateDistortion | None:
-    """The baseline at the curve's lengths and on its images; ``None`` where it cannot be fitted."""
+    """The baseline at a curve's lengths and on its images; ``None`` where it cannot be fitted."""
     if train_data is None or _num_values(data) > MAX_VALUES:
         return None
     batches = Sequential(train_data, 256, PCA_IMAGES)
@@ -215,10 +180,12 @@ def _table(
 ) -> str:
     """The summary as a Markdown table, and what else there is to say."""
     titles = [distance.extractor.title for distance in distances.values()]
-    rates = [f"rQPR {threshold}" for threshold in THRESHOLDS]
-    codebook = metrics.get("codebook")
+    rates = [f"rQPR {threshold}" for threshold in curve.thresholds]
+    codebook, sets = metrics.get("codebook"), metrics["distributions"]
+    similarity = [curve.distances["ssim"].mean(0).tolist()] if "ssim" in curve.distances else []
     header = ["tokens", *(["bits"] if codebook else []), "MSE x 1000", "95% interval", "PSNR, dB"]
-    rows = [[*header, *rates, *titles, "falls", "PCA, MSE x 1000"]]
+    header += ["SSIM"] * len(similarity)
+    rows = [[*header, *rates, *titles, *map(heading, sets), "falls", "PCA, MSE x 1000"]]
     for column, (length, errors) in enumerate(zip(curve.lengths, curve.errors.T, strict=True)):
         low, high = (1000 * curve.intervals[:, column]).tolist()
         falls = (errors < curve.errors[:, column - 1]).double().mean().item()
@@ -230,20 +197,25 @@ def _table(
                 f"{1000 * errors.mean().item():.3g}",
                 f"{low:.3g} to {high:.3g}",
                 f"{psnr(errors).mean().item():.2f}",
-                *(f"{rqpr(errors, threshold).item():.0%}" for threshold in THRESHOLDS),
+                *(f"{values[column]:.3f}" for values in similarity),
+                *(f"{rqpr(errors, threshold).item():.0%}" for threshold in curve.thresholds),
                 *(f"{curve.distances[name][:, column].mean().item():.3g}" for name in distances),
+                *(f"{found['per_length'][column][metric]:.4g}" for metric, found in sets.items()),
                 f"{falls:.0%}" if column else "",
                 pca,
             ]
         )
-    scope = f"{_images(curve)}; pixels in [0, 1]; definitions in metrics.json."
+    scope = f"{images_of(curve)}; pixels in [0, 1]; definitions in metrics.json."
     texts = [markdown(rows, num_words=0), f"{scope} {metrics['pca_note']}\n"]
+    texts += [distances_text(metric, found) for metric, found in sets.items()]
     if "floor" in metrics:
         (at,) = metrics["floor"]["per_length"]
         others = "".join(f", {title} {at[name]:.3g}" for name, title in zip(distances, titles, strict=True))
         texts.append(f"The floor, images through the output space alone: MSE x 1000 {1000 * at['mse']:.3g}{others}.\n")
     if codebook:
         texts.append(_codebook_text(codebook))
+    if codecs := metrics.get("codecs"):
+        texts.append(codecs_text(codecs))
     if (tail := metrics["idle_tail"]) and tail["tokens"]:
         texts.append(_idle_text(tail))
     if kinds := metrics.get("kinds"):
@@ -278,7 +250,8 @@ def _idle_text(tail: Mapping[str, Any]) -> str:
     )
 
 
-def _images(curve: RateDistortion) -> str:
+def images_of(curve: RateDistortion) -> str:
+    """How many images a curve is of, in words."""
     broken = curve.protocol["broken"]
     left_out = f", {broken} left out that cannot be read" if broken else ""
     return f"{len(curve.keys)} images of {len(set(curve.groups))} groups{left_out}"

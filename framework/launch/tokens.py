@@ -12,17 +12,24 @@ from PIL import Image
 from torch import nn
 
 from framework import runs
+from framework.config import ConfigError
 from framework.data.folder import ImageFolder
 from framework.data.interface import ImageData
 from framework.data.token_file import TokenFile
 from framework.data.transforms import TRANSFORMS
+from framework.engine.checkpoint import CheckpointError
 from framework.engine.experiment import Experiment
 from framework.evaluation.tables import columns_text
-from framework.evaluation.token_coding import decode_tokens, encode_images
+from framework.evaluation.token_coding import decode_tokens, encode_images, tokenizer_of
+from framework.evaluation.token_comparison import compare_tokens
+from framework.models.exported import is_exported
+from framework.models.hub import find_model
 from framework.models.loading import EVALUATION, LOSSES, experiment_from, run_config
 from framework.runtime.files import PARTIAL, publish_folder, write_text
 
 Progress = Callable[[str, int, int], None]
+ERRORS = (ConfigError, runs.RunError, CheckpointError, LookupError, TypeError, ValueError, OSError)
+"""Those that are for people."""
 OWN = "dataset"
 """Stands for the data that a run was trained with."""
 
@@ -42,7 +49,7 @@ def encode(
     """Encode images with the tokenizer of a run, on its device.
 
     Args:
-        run: its directory.
+        run: its directory, or an exported model, by folder or id in the hub.
         images: a folder, or ``dataset`` for the run's own data.
         out, progress, say: as of ``encode_images``.
         split: of the run's own data, ``validation`` unless given.
@@ -56,26 +63,61 @@ def encode(
         LookupError: if there is no such transform.
         ValueError: if an argument is not of this kind of images; and as ``encode_images``, like the rest.
     """
+    model, experiment = _used(run)
+    data = _images(model, experiment, images, split, crop, crops, max_broken)
+    source = {"run": str(run)} | ({} if experiment is None else {"seed": experiment.run.seed})
+    return encode_images(model, data, out, crops=crops, source=source, progress=progress, say=say, **options)
+
+
+def _images(
+    model: nn.Module,
+    experiment: Experiment | None,
+    images: str,
+    split: str | None = None,
+    crop: str | None = None,
+    crops: int = 1,
+    max_broken: float | None = None,
+) -> ImageData:
     if images == OWN and (crop is not None or max_broken is not None):
         raise ValueError("a crop and a share of broken images are for a folder: the run's own data has its own")
     if images != OWN and split is not None:
         raise ValueError(f"only the run's own data has a split: encode {OWN!r}, or leave it out")
-    transform = None if crop is None else TRANSFORMS.get(crop)
-    experiment, model = _used(run)
-    data: ImageData
-    if images == OWN:
-        data = getattr(experiment.data, split or "validation")
-    else:
-        data = ImageFolder(
+    if images != OWN:
+        return ImageFolder(
             images,
-            transform,
+            None if crop is None else TRANSFORMS.get(crop),
             max_broken=0.01 if max_broken is None else max_broken,
-            image_size=experiment.data.image_size,
+            image_size=tokenizer_of(model).image_size,
             training=crops > 1,
-            seed=experiment.run.seed,
+            seed=0 if experiment is None else experiment.run.seed,
         )
-    source = {"run": str(run), "seed": experiment.run.seed}
-    return encode_images(model, data, out, crops=crops, source=source, progress=progress, say=say, **options)
+    if experiment is None:
+        raise ValueError(f"an exported model comes without data: name a folder of images in place of {OWN!r}")
+    data: ImageData = getattr(experiment.data, split or "validation")
+    return data
+
+
+def compare(
+    run: Path,
+    file: TokenFile,
+    images: str,
+    progress: Progress,
+    split: str | None = None,
+    crop: str | None = None,
+    **options: Any,
+) -> str:
+    """A table of tokens beside JPEG and WebP at equal bytes, of the images that were encoded.
+
+    Args:
+        run, images, split, crop: as they were encoded.
+        file, progress, options: as of ``compare_tokens``.
+
+    Raises:
+        RunError, CheckpointError, LookupError, TypeError, ValueError: as ``encode`` and ``compare_tokens``.
+    """
+    model, experiment = _used(run)
+    data = _images(model, experiment, images, split, crop)
+    return compare_tokens(model, file, data, progress=progress, **options)
 
 
 def decode(
@@ -101,7 +143,7 @@ def decode(
     chosen = list(range(*rows or (0, len(file))))
     file.tokens([*chosen[:1], *chosen[-1:]])  # or an error, if there are no such rows
     names = [f"{row:08}.png" for row in chosen]
-    batches = decode_tokens(_used(run)[1], file, chosen, length)
+    batches = decode_tokens(_used(run)[0], file, chosen, length)
     partial = out.with_name(out.name + PARTIAL)
     partial.mkdir(parents=True, exist_ok=True)
     pictures = (picture for batch in batches for picture in rearrange(batch, "b c h w -> b h w c"))
@@ -117,20 +159,22 @@ def decode(
     return len(chosen)
 
 
-def _used(run: Path) -> tuple[Experiment, nn.Module]:
-    """A run's settings and data, and the model that it has trained, on the run's device."""
+def _used(run: Path) -> tuple[nn.Module, Experiment | None]:
+    """A run's model on the run's device, with its settings and data; an exported model has neither."""
     model = runs.load(run)
+    if is_exported(find_model(run)):
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), None
     experiment = experiment_from(run_config(run), "meta", [LOSSES, EVALUATION])  # nothing is made twice
     if experiment.run.threads is not None:
         torch.set_num_threads(experiment.run.threads)
-    return experiment, model.to(experiment.run.torch_device())
+    return model.to(experiment.run.torch_device()), experiment
 
 
 def run_command(command: str, progress: Progress, say: Callable[[str], None], **options: Any) -> None:
-    """Do what a command line says: ``encode``, ``decode``, ``info`` or ``verify``, and say what came of it.
+    """Do what a command line says, and say what came of it.
 
     Args:
-        command: its name.
+        command: ``encode``, ``decode``, ``compare``, ``info`` or ``verify``.
         progress: told how far it is.
         say: told results.
         options: of the function of that name, or only ``file``, a path.
@@ -140,7 +184,9 @@ def run_command(command: str, progress: Progress, say: Callable[[str], None], **
     else:
         file = TokenFile(options.pop("file"))
         lines = file.lines()
-        if command == "decode":
+        if command == "compare":
+            lines = [compare(file=file, progress=progress, **options)]
+        elif command == "decode":
             lines = [f"{decode(file=file, progress=progress, **options)} images in {options['out']}"]
         elif command == "verify":
             file.verify(progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -123,8 +123,8 @@ def _skip(module: nn.Module, source: str, path: str) -> None:
     """On the meta device there is nothing to load into."""
 
 
-def run_config(folder: Path, distances: Sequence[str] | None = None) -> Config:
-    """A run's configuration, with other distances to measure where they are given by the names of extractors.
+def run_config(folder: Path, evaluation: Mapping[str, object] | None = None) -> Config:
+    """A run's configuration, with other values in its node ``evaluation`` where they are given.
 
     Raises:
         RunError: if the folder holds no run.
@@ -136,8 +136,7 @@ def run_config(folder: Path, distances: Sequence[str] | None = None) -> Config:
         maker = config_of_run(folder, [Path("projects"), Path(__file__).parents[2] / "projects"])
         train_it = f" with: python tools/train_net.py --config {maker}\n" if maker else ", or check the path"
         raise RunError(f"{folder} holds no run: it has no config.yaml. Train it first{train_it}".rstrip())
-    named = [f"evaluation.distances={inline({name: {'name': name} for name in distances})}"] if distances else []
-    return load_config(file, named)
+    return load_config(file, [f"evaluation.{key}={inline(value)}" for key, value in (evaluation or {}).items()])
 
 
 def run_checkpoint(folder: Path, best: Best | None = None) -> Checkpoint:

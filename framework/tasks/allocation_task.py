@@ -56,6 +56,7 @@ class AllocationTask(Task):
             wanted.folder,
             wanted.record,
             history,
+            wanted.measures,
             wanted.limit,
             wanted.progress,
         )
@@ -67,13 +68,13 @@ class AllocationTask(Task):
         models = {
             name: (task.adaptive, task.reward, task.fidelity, wanted.histories[name]) for name, task in tasks.items()
         }
-        compare_allocations(models, wanted.data, wanted.folder, wanted.limit, wanted.progress)
+        compare_allocations(models, wanted.data, wanted.folder, wanted.measures, wanted.limit, wanted.progress)
 
 
 def _refuse(wanted: Report) -> None:
-    if wanted.lengths is not None:
+    if wanted.measures.lengths is not None:
         raise ValueError("the policy chooses the lengths: leave out --lengths and evaluation.lengths")
-    if wanted.distances:
+    if wanted.measures.distances:
         raise ValueError(
             "a policy is judged by its reward: measure distances on the run that has trained its tokenizer, and leave "
             "out --distances and evaluation.distances here"

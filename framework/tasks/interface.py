@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from framework.config.registry import Registry
 from framework.data.interface import Batch, ImageData
-from framework.losses.perceptual import PerceptualLoss
+from framework.evaluation.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,20 @@ class Report:
         train_data: for baselines that must be fitted; ``None`` for none.
         folder: where everything goes.
         record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
-        lengths: kept tokens to measure; a spread of them unless given.
+        measures: what to measure, on the task's device.
         limit: measure a fixed random subset of so many images.
         progress: told the name of a stage, how much of it is done, and how much there is.
         histories: the lines of the ``metrics.jsonl`` of each run that is asked about, by the run's name.
-        distances: perceptual distances to measure beside the squared error, by name.
     """
 
     data: ImageData
     train_data: ImageData | None
     folder: Path
     record: Mapping[str, object]
-    lengths: Sequence[int] | None = None
+    measures: Evaluation = field(default_factory=Evaluation)
     limit: int | None = None
     progress: Callable[[str, int, int], None] | None = None
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
-    distances: Mapping[str, PerceptualLoss] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):

@@ -72,14 +72,14 @@ class TrainAutoencoder(ReconstructionTask):
 
     def report(self, wanted: Report) -> None:
         """Errors, the spread of the latents, and pictures."""
-        if wanted.lengths is not None:
+        if wanted.measures.lengths is not None:
             raise ValueError("an autoencoder's images have one length: leave out --lengths and evaluation.lengths")
         evaluate_autoencoder(
             self.autoencoder,
             wanted.data,
             wanted.folder,
             wanted.record,
+            wanted.measures,
             wanted.limit,
             wanted.progress,
-            wanted.distances,
         )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from framework.data.interface import Batch, ImageData
 from framework.evaluation.codebook import CodebookStatistics
+from framework.evaluation.comparison import compare_tokenizers
 from framework.evaluation.rate_distortion import validation_errors
-from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer
+from framework.evaluation.report import evaluate_tokenizer
 from framework.losses.adversarial import AdversarialLoss
 from framework.losses.interface import Loss
 from framework.losses.values import ValueLoss
@@ -152,10 +153,9 @@ class TrainTokenizer(ReconstructionTask):
             wanted.folder,
             wanted.record,
             wanted.train_data,
-            wanted.lengths,
+            wanted.measures,
             wanted.limit,
             wanted.progress,
-            wanted.distances,
         )
 
     @classmethod
@@ -167,8 +167,7 @@ class TrainTokenizer(ReconstructionTask):
             wanted.data,
             wanted.folder,
             wanted.train_data,
-            wanted.lengths,
+            wanted.measures,
             wanted.limit,
             wanted.progress,
-            wanted.distances,
         )

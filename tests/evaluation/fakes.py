@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from framework.data.interface import Batch, ImageData
 from framework.tokenizers.interface import Contract, Quantized, Quantizer
+from framework.tokenizers.masking import FullLength
 from framework.tokenizers.quantizers.identity import Identity
 from framework.tokenizers.spaces import PixelSpace
 from framework.tokenizers.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class BasisTokenizer(nn.Module):
         self.contract = contract
         self.quantizer = Identity(token_dim)
         self.output_space = PixelSpace()
+        self.encoder, self.decoder, self.masking = nn.Identity(), nn.Identity(), FullLength()
         self.encodings = 0  # calls
         self.decoded = 0  # images
 

@@ -21,8 +21,11 @@ from framework.allocation.rules import ComplexityLookup, FixedLength
 from framework.evaluation import allocation_plots, allocation_report
 from framework.evaluation.allocation_plots import plot_allocated_photograph, plot_wall
 from framework.evaluation.allocation_report import compare_allocations, evaluate_allocation
+from framework.evaluation.evaluation import Evaluation
+from framework.evaluation.reconstruction_distances import policy_lengths, reconstruction_distances
 from framework.tokenizers.interface import Quantizer
 from tests.evaluation.fakes import FixedImages, SignQuantizer
+from tests.evaluation.toy_features import ToyFeatures
 from tests.tokenizers.build import small_tokenizer
 
 FILES = {"metrics.json", "per_image.csv", "table.md", "landscape.png", "lengths.png", "wall.png", "photograph.png"}
@@ -117,6 +120,33 @@ def test_one_length_for_all_is_a_policy_too(tmp_path: Path) -> None:
     evaluate_allocation(model, ContinuousReward(), SquaredError(), data(), tmp_path, {})
     assert "error at the shortest: none" in (tmp_path / "table.md").read_text()
     assert "| policy | 2.00 ± 0.00 | " in (tmp_path / "table.md").read_text()
+
+
+def test_sets_of_reconstructions_are_compared_at_the_policys_own_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pictures(monkeypatch)
+    model, measures = by_size(), Evaluation(features=[ToyFeatures()], thresholds=(0.03,))
+    metrics: dict[str, Any] = evaluate_allocation(
+        model, ContinuousReward(), SquaredError(), data(), tmp_path, {}, measures=measures, limit=20
+    )
+    mean = metrics["allocation"]["policies"]["policy"]["length"]
+    nearest = min((1, 3, 6), key=lambda budget: abs(budget - mean))
+    fixed = sorted({nearest, 6})
+    alone = reconstruction_distances(
+        model.tokenizer, data(), ToyFeatures(), fixed, {"policy": policy_lengths(model)}, limit=20
+    )
+    assert metrics["distributions"] == {"fd_toy": alone}
+    assert alone["own_lengths"]["policy"]["mean_length"] == pytest.approx(mean)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0].endswith("| PSNR, dB | rQPR 0.03 | fd_toy |")
+    assert table[2].endswith(f" {alone['per_length'][-1]['fd_toy']:.4g} |")
+    assert table[3].endswith(f" {alone['own_lengths']['policy']['fd_toy']:.4g} |")
+    own = f"{alone['own_lengths']['policy']['fd_toy']:.4g} at the policy's own, {mean:.2f} on average."
+    assert own in (tmp_path / "table.md").read_text()
+    compare_allocations({"it": (model, ContinuousReward(), SquaredError(), ())}, data(), tmp_path, measures, limit=20)
+    rows = (tmp_path / "comparison.md").read_text().splitlines()
+    assert rows[0].endswith(" | fd_toy |") and rows[2].endswith(f" {alone['own_lengths']['policy']['fd_toy']:.4g} |")
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

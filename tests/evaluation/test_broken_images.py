@@ -15,8 +15,9 @@ import torch
 from framework.data.interface import Batch, TooManyBroken
 from framework.data.stream import subset
 from framework.evaluation import report
+from framework.evaluation.comparison import compare_tokenizers
 from framework.evaluation.rate_distortion import rate_distortion
-from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer
+from framework.evaluation.report import evaluate_tokenizer
 from tests.evaluation.fakes import FixedImages, basis_tokenizer, orthonormal
 
 

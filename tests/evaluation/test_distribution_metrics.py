@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from framework.evaluation.distribution_metrics import (
     FeatureCollector,
+    FeatureSet,
     FeatureStatistics,
     distances,
     frechet_distance,
@@ -45,8 +46,15 @@ def assert_alike(one: FeatureStatistics, other: FeatureStatistics) -> None:
 class ThreadRanks(Ranks):
     """Ranks that are threads of one process; ``shared`` has a place for each."""
 
-    def __init__(self, rank: int, shared: list[Sequence[Tensor]], barrier: threading.Barrier) -> None:
+    def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.shared, self.barrier = rank, len(shared), shared, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self.shared[self.rank] = value
+        self.barrier.wait()
+        values = list(self.shared)
+        self.barrier.wait()
+        return values
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         self.shared[self.rank] = [tensor.clone() for tensor in tensors]
@@ -56,8 +64,11 @@ class ThreadRanks(Ranks):
         self.barrier.wait()
 
 
-def over_threads(parts: Sequence[FeatureStatistics]) -> list[FeatureStatistics]:
-    shared: list[Sequence[Tensor]] = [[] for _ in parts]
+Part = TypeVar("Part", FeatureStatistics, FeatureSet)
+
+
+def over_threads(parts: Sequence[Part]) -> list[Part]:
+    shared: list[Any] = [[] for _ in parts]
     barrier = threading.Barrier(len(parts), timeout=30)
     with ThreadPoolExecutor(len(parts)) as pool:
         ranks = [ThreadRanks(rank, shared, barrier) for rank in range(len(parts))]
@@ -226,6 +237,32 @@ def test_all_numbers_come_by_the_names_of_the_features_and_do_not_depend_on_batc
     sets = [ToyFeatures()(each).features for each in (images, others)]
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(each.double()) for each in sets), verbose=False)
     assert found[0]["fd_toy"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[60], [20, 25, 15], [0, 59, 1]])
+def test_every_number_is_the_same_over_ranks(sizes: list[int]) -> None:
+    images = torch.randint(256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    others = (images.float() * 0.8).byte()
+    wanted = set(range(0, 60, 2))
+
+    def over(images: Tensor) -> list[FeatureSet]:
+        starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+        collectors = [FeatureCollector(ToyFeatures(), wanted, start) for start in starts]
+        for collector, part in zip(collectors, images.split(sizes), strict=True):
+            for batch in part.split(7):
+                if len(batch):
+                    collector.add(batch)
+        return over_threads([collector.collected() for collector in collectors])
+
+    alone = [FeatureCollector(ToyFeatures(), wanted) for _ in range(2)]
+    for collector, part in zip(alone, (images, others), strict=True):
+        collector.add(part)
+    expected = distances(ToyFeatures(), *(collector.collected() for collector in alone))
+    for reference, sample in zip(over(images), over(others), strict=True):
+        found = distances(ToyFeatures(), reference, sample)
+        exact = {key: value for key, value in found.items() if key != "fd_toy"}
+        assert exact == {key: value for key, value in expected.items() if key != "fd_toy"}
+        assert found["fd_toy"] == pytest.approx(expected["fd_toy"], rel=1e-9)
 
 
 def test_only_some_features_are_kept() -> None:

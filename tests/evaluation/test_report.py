@@ -11,13 +11,18 @@ from PIL import Image
 
 from framework.data.stream import subset
 from framework.evaluation import report
-from framework.evaluation.image_metrics import squared_error
+from framework.evaluation.comparison import compare_tokenizers
+from framework.evaluation.evaluation import Evaluation
+from framework.evaluation.image_metrics import SSIM_PROTOCOL, squared_error, ssim
 from framework.evaluation.pca import PrincipalComponents
 from framework.evaluation.plots import plot_rate_distortion, plot_tiled_photograph
 from framework.evaluation.rate_distortion import RateDistortion, rate_distortion
-from framework.evaluation.report import compare_tokenizers, evaluate_tokenizer, spread_images
+from framework.evaluation.reconstruction_distances import data_reference, reconstruction_distances
+from framework.evaluation.reference_statistics import write_reference
+from framework.evaluation.report import evaluate_tokenizer, spread_images
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.evaluation.fakes import FixedImages, SignQuantizer, basis_tokenizer, orthonormal
+from tests.evaluation.toy_features import ToyFeatures
 from tests.tokenizers.build import small_tokenizer
 
 
@@ -109,6 +114,79 @@ def test_a_discrete_tokenizer_also_tells_of_bits_and_its_codebook(
     assert pixels(tmp_path / "codebook.png").std() > 10
 
 
+def test_sets_similarity_and_thresholds_that_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    held_out, coding = FixedImages(images, ["a", "b", "c"] * 4), small_tokenizer().eval()
+    measures = Evaluation(lengths=(2, 6), features=[ToyFeatures()], thresholds=(0.1, 0.25), pca=False)
+    metrics: dict[str, Any] = evaluate_tokenizer(coding, held_out, tmp_path, {"step": 5}, measures=measures, limit=9)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    alone = reconstruction_distances(coding, held_out, ToyFeatures(), (2, 6), limit=9, record={"step": 5})
+    assert metrics["distributions"] == {"fd_toy": alone}
+    chosen = images[subset(12, 9)]
+    curve = metrics["rate_distortion"]
+    for at in curve["per_length"]:
+        rebuilt = coding.decode(coding.encode(chosen, at["length"]))
+        assert at["ssim"] == pytest.approx(ssim(chosen, rebuilt).mean().item())
+        errors = squared_error(chosen, rebuilt)
+        assert at["rqpr"] == {str(most): (errors <= most).double().mean().item() for most in (0.1, 0.25)}
+    assert curve["protocol"]["ssim"] == SSIM_PROTOCOL
+    table = (tmp_path / "table.md").read_text()
+    header, last = (table.splitlines()[row].strip("| ").split(" | ") for row in (0, 3))
+    assert header[4:9] == ["SSIM", "rQPR 0.1", "rQPR 0.25", "fd_toy", "falls"]
+    assert last[4] == f"{curve['per_length'][1]['ssim']:.3f}" and last[7] == f"{alone['per_length'][1]['fd_toy']:.4g}"
+    assert "fd_toy: 9 reconstructions against these images themselves; colours of quarters, none, weights " in table
+    assert "the sample has 9 images, not more than the 12 features" in table
+
+
+def test_other_statistics_may_be_the_reference(tmp_path: Path) -> None:
+    made = data_reference(FixedImages(smooth_images(30, seed=8), ["x"] * 30), ToyFeatures())
+    write_reference(tmp_path / "reference.npz", made, ToyFeatures())
+    measures = Evaluation(features=[ToyFeatures()], references={"fd_toy": str(tmp_path / "reference.npz")})
+    compare_tokenizers({"one": tokenizer(), "two": tokenizer()}, data(), tmp_path, measures=measures)
+    expected = reconstruction_distances(tokenizer(), data(), ToyFeatures(), reference=made)
+    numbers = " | ".join(f"{at['fd_toy']:.3g}" for at in expected["per_length"])
+    text = (tmp_path / "comparison.md").read_text()
+    header = f"| fd_toy at tokens | 1 | 2 | 4 | 6 | 8 |\n| --- |{' ---: |' * 5}\n"
+    assert f"{header}| one | {numbers} |\n| two | {numbers} |\n" in text
+    assert "'file': 'reference.npz'" in text
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"features": [ToyFeatures(), ToyFeatures(2.0)]}, "two of evaluation.features give one metric; there"),
+        ({"features": [ToyFeatures()], "references": {"fid": "x"}}, "'fid', and the metrics of features are fd_toy"),
+        ({"references": {"fid": "x.npz"}}, "are none: set evaluation.features"),
+        ({"thresholds": (0.1, 0.0)}, "squared errors above 0"),
+        ({"codec_images": -1}, "codec_images is not below 0"),
+    ],
+)
+def test_measures_that_make_no_sense_are_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Evaluation(**wrong)
+
+
+def test_discrete_tokens_stand_beside_codecs_at_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+    images = torch.nn.functional.interpolate(smooth_images(12, seed=1), (16, 16), mode="bilinear")
+    held_out, coding = FixedImages(images, ["a", "b", "c"] * 4), small_tokenizer(quantizer=SignQuantizer(5)).eval()
+    measures = Evaluation(lengths=(2, 6), codec_images=5)
+    metrics: dict[str, Any] = evaluate_tokenizer(coding, held_out, tmp_path, {}, measures=measures, limit=9)
+    codecs, chosen = metrics["codecs"], images[subset(12, 5)]
+    rebuilt = coding.decode(coding.encode(chosen, 6))
+    assert codecs["tokens"]["per_length"][1]["mse"] == pytest.approx(squared_error(chosen, rebuilt).mean().item())
+    for title in ("JPEG", "WebP without headers"):
+        assert codecs[title]["protocol"]["images"] == 5
+        assert [at["max_bytes"] for at in codecs[title]["per_length"]] == [2, 4]
+    table = (tmp_path / "table.md").read_text()
+    assert "| PSNR, dB, of 5 images at tokens | 2 | 6 |" in table and "| bytes at most | 2 | 4 |" in table
+    jpeg = codecs["JPEG"]["per_length"][0]
+    assert jpeg["fitting"] == 0 and f"| JPEG | {jpeg['psnr']:.2f} in {jpeg['bytes']:,.0f} bytes |" in table
+    none = evaluate_tokenizer(coding, held_out, tmp_path, {}, measures=Evaluation(codec_images=0), limit=9)
+    assert "codecs" not in none and "JPEG" not in (tmp_path / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("lengths", "told"),
     [
@@ -126,7 +204,7 @@ def test_tokens_that_do_nothing_are_said(
     images[:, 48:96] = 0.5  # the last two of four tokens have nothing to tell
     held_out = FixedImages(images.reshape(6, 3, 8, 8), ["a"] * 6)
     half = basis_tokenizer(torch.full((192,), 0.5), torch.eye(192)[:, :96], token_dim=24)
-    evaluate_tokenizer(half, held_out, tmp_path, {}, lengths=lengths)
+    evaluate_tokenizer(half, held_out, tmp_path, {}, measures=Evaluation(lengths=tuple(lengths)))
     table = (tmp_path / "table.md").read_text()
     assert ("do nearly nothing" in table) == (told is not None)
     if told is not None:
@@ -136,7 +214,7 @@ def test_tokens_that_do_nothing_are_said(
 
 def test_missing_baselines_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
-    metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, lengths=[8])
+    metrics = evaluate_tokenizer(tokenizer(), data(), tmp_path, {}, measures=Evaluation(lengths=(8,)))
     assert metrics["pca"] is None and metrics["pca_note"] == "No PCA baseline: not asked for."
     large = FixedImages(torch.rand(3, 3, 40, 40), ["a", "b", "c"])
     wide = basis_tokenizer(torch.full((4800,), 0.5), torch.eye(4800)[:, :2], token_dim=1)
@@ -161,7 +239,7 @@ def test_the_photograph_is_in_colour_where_there_is_one(tmp_path: Path, monkeypa
     images = smooth_images(3, seed=0)
     images[[0, 2]] = images[[0, 2], :1]  # grey
     held_out = FixedImages(images, ["grey", "colour", "grey again"])
-    evaluate_tokenizer(tokenizer(), held_out, tmp_path, {}, lengths=[8])
+    evaluate_tokenizer(tokenizer(), held_out, tmp_path, {}, measures=Evaluation(lengths=(8,)))
     assert torch.equal(chosen[0], held_out.whole("colour"))
 
 

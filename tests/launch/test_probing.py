@@ -6,21 +6,9 @@ from pathlib import Path
 import pytest
 
 from framework import runs
-from framework.config import load_config
 from framework.launch.probing import probe
 from framework.tokenizers.spaces import PixelSpace
-from tests.tiny_run import ROOT, TINY, run_tool
-
-
-@pytest.fixture
-def run_on_scenes(tmp_path: Path, quick_report: None) -> Path:
-    """A finished run on labelled images."""
-    folder = tmp_path / "run"
-    few = [f"data.{split}.num_images={count}" for split, count in (("train", 120), ("validation", 40), ("test", 40))]
-    sizes = [change for change in TINY if "num_crops" not in change]
-    config = load_config(ROOT / "projects/adatok/discrete/ntm.yaml", [*sizes, *few, f"run.dir={folder}"])
-    assert runs.train(config, print) == ("finished", 6)
-    return folder
+from tests.tiny_run import run_tool
 
 
 def test_a_run_is_probed_on_its_own_data(
@@ -55,7 +43,7 @@ def test_what_cannot_be_probed_is_told(
 ) -> None:
     for more in ([tiny_run, "--out", "out"], ["--distances", "STLPIPS"]):
         assert run_tool(monkeypatch, "evaluate", "--probe", "mean", "--run", tiny_run, *more) == 2
-        assert "--probe takes one run, and no distances" in capsys.readouterr().err
+        assert "--probe and --judge take one run, and neither distances nor features" in capsys.readouterr().err
     monkeypatch.setattr(runs, "load", lambda folder, checkpoint: PixelSpace())
     assert run_tool(monkeypatch, "evaluate", "--run", tiny_run, "--probe") == 2
-    assert f"{tiny_run} has trained PixelSpace, which makes no tokens to probe" in capsys.readouterr().err
+    assert f"{tiny_run} has trained PixelSpace, which makes no tokens" in capsys.readouterr().err

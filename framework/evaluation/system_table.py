@@ -1,0 +1,176 @@
+"""Systems side by side, in the columns of the AdaTok paper's Table 1, from evaluations that are on disk.
+
+Nothing is measured here: every number is read from an evaluation's ``metrics.json``, and numbers that were not measured
+alike are not put into one table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from framework.evaluation.reconstruction_distances import heading
+from framework.evaluation.tables import Places, columns_text, latex, markdown
+from framework.runtime.files import write_text
+
+LAYOUTS = {"2d": "2D tokenizers", "1d": "1D tokenizers"}
+SHARED = ("data", "images", "of", "broken", "image_size")
+"""Of the protocols, what must be equal."""
+COLUMNS: dict[str, tuple[Callable[[float], str], Callable[[Sequence[float]], float] | None]] = {
+    "#Params": (lambda number: f"{number / 1e6:.3g}M", None),
+    "Codebook": (lambda number: f"{number:,}", None),
+    "Dim": (str, None),
+    "#Tokens": (lambda number: f"{number:.4g}", None),
+    "Bits": (lambda number: f"{number:,.4g}", None),
+    "MSE x 1000": (lambda number: f"{1000 * number:.3g}", min),
+    "PSNR, dB": (lambda number: f"{number:.2f}", max),
+    "SSIM": (lambda number: f"{number:.3f}", max),
+}
+"""How numbers are written, and which of a column is the best."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A row.
+
+    Args:
+        name: of the run, and of the length if it is one of several.
+        layout: ``1d`` or ``2d``.
+        elastic: whether it is trained to be read at several lengths.
+        numbers: by column, where they were measured; Frechet distances by their metric.
+    """
+
+    name: str
+    layout: str
+    elastic: bool
+    numbers: Mapping[str, float]
+
+
+def write_system_table(evaluations: Mapping[str, Path], out: Path, lengths: Sequence[int] = ()) -> str:
+    """Write the table of evaluations, each by its run's name and a ``metrics.json``; returns it as Markdown.
+
+    A tokenizer stands at all of its tokens, a policy at its own lengths.
+
+    Args:
+        evaluations: in the order of the rows.
+        out: a ``.md``, ``.tex`` or ``.csv`` file; ``.csv`` has numbers at full precision.
+        lengths: rows for these lengths too, of tokenizers that were measured there.
+
+    Raises:
+        FileNotFoundError: if there is no such evaluation.
+        ValueError: if one cannot be read, or is of an older version, or they were not measured alike, or the file's
+            name ends in something else.
+    """
+    if out.suffix not in (".md", ".tex", ".csv"):
+        raise ValueError(f"{out}: a table is a .md, .tex or .csv file")
+    found = {name: _read(path) for name, path in evaluations.items()}
+    protocol = _shared_protocol(found)
+    systems = [system for name, metrics in found.items() for system in _systems(name, metrics, lengths)]
+    systems.sort(key=lambda system: list(LAYOUTS).index(system.layout))
+    metrics = list(dict.fromkeys(metric for each in found.values() for metric in each["distributions"]))
+    (rows, bold), text = _rows(systems, metrics), _scope(protocol, metrics)
+    table = f"{markdown(rows, num_words=1, bold=bold)}\n{text}"
+    if out.suffix == ".csv":
+        columns: dict[str, Sequence[object]] = {"Tokenizer": [system.name for system in systems]}
+        columns["Elastic"] = [system.elastic for system in systems]
+        columns |= {name: [system.numbers.get(name, "") for system in systems] for name in (*COLUMNS, *metrics)}
+        write_text(out, columns_text(columns))
+    else:
+        write_text(out, latex(rows, num_words=1, bold=bold) if out.suffix == ".tex" else table)
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: evaluate the run first, with tools/evaluate.py --run")
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_bytes())
+        metrics["system"], metrics["distributions"]  # noqa: B018 - or it is of an older version
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of an older version: evaluate the run again") from error
+    return metrics
+
+
+def _protocol(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    (protocol,) = [metrics[name]["protocol"] for name in ("rate_distortion", "allocation") if name in metrics]
+    kept = {key: protocol[key] for key in SHARED}
+    for metric, measured in metrics["distributions"].items():
+        kept[metric] = {key: measured["protocol"][key] for key in ("reference", "features", "uint8")}
+    return kept
+
+
+def _shared_protocol(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How all were measured, or an error if one was measured otherwise."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for name, metrics in found.items():
+        for key, value in _protocol(metrics).items():
+            first, expected = seen.setdefault(key, (name, value))
+            if value != expected:
+                raise ValueError(
+                    f"{first} and {name} were not measured alike: {key} is {expected!r} and {value!r}. Evaluate both "
+                    "on the same images, with the same networks"
+                )
+    return {key: value for key, (_, value) in seen.items()}
+
+
+def _systems(name: str, metrics: Mapping[str, Any], lengths: Sequence[int]) -> list[System]:
+    facts, sets = metrics["system"], metrics["distributions"]
+    same = {"#Params": facts["parameters"], "Codebook": facts["codebook"], "Dim": facts["token_dim"]}
+
+    def system(suffix: str, numbers: Mapping[str, float | None]) -> System:
+        known = {column: number for column, number in {**same, **numbers}.items() if number is not None}
+        return System(name + suffix, facts["layout"], facts["elastic"], known)
+
+    if "allocation" in metrics:
+        own = metrics["systems"]["adaptive"]
+        distances = {metric: found["own_lengths"]["policy"][metric] for metric, found in sets.items()}
+        numbers = {"#Tokens": own["length"], "Bits": own["bits"], "MSE x 1000": own["mse"], "PSNR, dB": own["psnr"]}
+        return [system("", {**numbers, **distances})]
+    curve = metrics["rate_distortion"]["per_length"]
+    bits_per_token = metrics.get("codebook", {}).get("bits_per_token")
+    rows = []
+    for column, at in enumerate(curve):
+        if at is not curve[-1] and at["length"] not in lengths:
+            continue
+        numbers = {"#Tokens": at["length"], "Bits": None if bits_per_token is None else at["length"] * bits_per_token}
+        numbers |= {"MSE x 1000": at["mse"], "PSNR, dB": at["psnr"], "SSIM": at.get("ssim")}
+        numbers |= {metric: found["per_length"][column][metric] for metric, found in sets.items()}
+        rows.append(system("" if at is curve[-1] else f", {at['length']} tokens", numbers))
+    return rows
+
+
+def _rows(systems: Sequence[System], metrics: Sequence[str]) -> tuple[list[list[str]], Places]:
+    forms = COLUMNS | {metric: ((lambda number: f"{number:.4g}"), min) for metric in metrics}
+    best = {
+        column: choose([system.numbers[column] for system in systems if column in system.numbers])
+        for column, (_, choose) in forms.items()
+        if choose is not None and sum(column in system.numbers for system in systems) > 1
+    }
+    titles = [heading(column) if column in metrics else column for column in forms]
+    rows, bold, layout = [["Tokenizer", "Elastic", *titles]], set(), ""
+    for system in systems:
+        if system.layout != layout:
+            layout = system.layout
+            rows.append([LAYOUTS[layout], *[""] * (1 + len(forms))])
+        for place, column in enumerate(forms, 2):
+            if column in best and system.numbers.get(column) == best[column]:
+                bold.add((len(rows), place))
+        numbers = system.numbers
+        texts = (write(numbers[column]) if column in numbers else "-" for column, (write, _) in forms.items())
+        rows.append([system.name, "yes" if system.elastic else "no", *texts])
+    return rows, bold
+
+
+def _scope(protocol: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    texts = [f"{protocol['images']:,} images of {protocol['image_size']}x{protocol['image_size']}: {protocol['data']}."]
+    for metric in metrics:
+        against, network = protocol[metric]["reference"], protocol[metric]["features"]
+        texts.append(
+            f"{heading(metric)}: against {against}, in {network['network']}, {network['resize']}, weights "
+            f"{network['weights_sha256'][:12]}."
+        )
+    texts.append("The best of each column in bold; #Params count frozen parts and spaces; - was not measured.")
+    return " ".join(texts) + "\n"
