@@ -104,15 +104,17 @@ def _medians(times: Sequence[Time]) -> Time:
     return Time(median(time.wall for time in times), median(time.cpu for time in times))
 
 
-def take_turns(cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> Times:
-    """Time each case once a round."""
+def take_turns(
+    cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
+) -> Times:
+    """Time each case once a round, after so many rounds that are not counted."""
     times: dict[str, list[Time]] = {name: [] for name in cases}
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, run in cases.items():
             clock = Clock(device)
             run()
             times[name].append(clock.lap())
-    return _without_first(times)
+    return Times({name: laps[warm_up:] for name, laps in times.items()})
 
 
 def _without_first(times: Mapping[str, Sequence[Time]]) -> Times:

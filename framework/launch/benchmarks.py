@@ -3,12 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from framework import runs
 from framework.config import load_config
-from framework.engine import allocation_benchmark, benchmark, data_benchmark, quantizer_benchmark
+from framework.data.token_file import TokenFile
+from framework.engine import allocation_benchmark, benchmark, data_benchmark, generation_benchmark, quantizer_benchmark
+from framework.engine.official_sampler import official_lines
+from framework.generators.autoregressive import SIZES
+from framework.generators.image_generator import ImageGenerator
+from framework.generators.length_modes import LENGTH_MODES
 from framework.launch.environment import joined
+
+
+def generation_lines(
+    rounds: int,
+    batch_sizes: Sequence[int] | None = None,
+    guidance: float = 2.0,
+    run: Path | None = None,
+    official: Path | None = None,
+    **given: Any,
+) -> Iterator[str]:
+    """What decoding costs by policy, of a run or of a model that is made for it; or beside the official sampler.
+
+    Args:
+        rounds, guidance: as of ``generation_benchmark.generation_lines``.
+        batch_sizes: likewise; one number beside the official sampler.
+        run: a run of a generator.
+        official: a checkout of LlamaGen, beside which ``size`` is one of its sizes, and ``tokens`` are of an image.
+        given: else, ``size`` is that or WIDTHxDEPTHxHEADS, ``codes`` of the vocabulary, ``lengths`` numbers or a file
+            of tokens, of whose lengths each is as likely, and ``modes`` how these are known; ``images`` of a round, for
+            each at a time. What is ``None`` is not given.
+
+    Raises:
+        ValueError: if options are given that have no part in this, or cannot be.
+        TypeError: if the run is none of an autoregressive generator.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    used = {"size", "tokens"} if official else {"images"} if run else {"size", "codes", "lengths", "modes", "images"}
+    if ignored := given.keys() - used:
+        raise ValueError(f"--{min(ignored)} has no part in this; what has is --{', --'.join(sorted(used))}")
+    if official is not None:
+        if len(batch_sizes := batch_sizes or [8]) > 1:
+            raise ValueError("the official sampler is measured at one batch size: give --batch one number")
+        size, tokens = given.get("size", "B"), given.get("tokens", 256)
+        yield from official_lines(official, size, tokens, batch_sizes[0], guidance, rounds)
+        return
+    found: dict[str, Any] = {"rounds": rounds, "batch_sizes": batch_sizes or [1, 8, 32], "guidance": guidance}
+    found["images_per_row"] = given.get("images", 8)
+    if run is not None:
+        found["images"] = runs.load(run)
+        if not isinstance(found["images"], ImageGenerator):
+            raise TypeError(f"{run} is no run of a generator: its model is {type(found['images']).__name__}")
+    else:
+        found["size"] = _size(given.get("size", "128x4x4"))
+        found["lengths"] = _lengths(given.get("lengths", ["4", "8", "12", "16"]))
+        found |= {"codes": given.get("codes", 4096), "modes": given.get("modes", LENGTH_MODES)}
+    yield from generation_benchmark.generation_lines(**found)
+
+
+def _size(text: str) -> Sequence[int]:
+    parts = [part for part in text.split("x") if part.isdecimal()]
+    if text not in SIZES and (len(parts) != 3 or text.count("x") != 2):
+        raise ValueError(f"--size is one of {', '.join(SIZES)}, or WIDTHxDEPTHxHEADS, such as 128x4x4; got {text!r}")
+    return SIZES[text] if text in SIZES else [int(part) for part in parts]
+
+
+def _lengths(texts: Sequence[str]) -> list[int]:
+    if all(text.isdecimal() for text in texts):
+        return [int(text) for text in texts]
+    if len(texts) > 1:
+        raise ValueError(f"--lengths are numbers, or one file of tokens; got {' '.join(texts)}")
+    return [int(length) for length in TokenFile(texts[0]).lengths]
+
 
 LINES: dict[str, Callable[..., Iterator[str]]] = {
     "train": benchmark.training_lines,
@@ -16,6 +84,7 @@ LINES: dict[str, Callable[..., Iterator[str]]] = {
     "attention": benchmark.attention_lines,
     "allocation": allocation_benchmark.allocation_lines,
     "data": data_benchmark.loading_lines,
+    "generate": generation_lines,
     "quantizer": quantizer_benchmark.quantizer_lines,
 }
 

@@ -149,7 +149,7 @@ class TrainGenerator(Task):
 
     def report(self, wanted: Report) -> None:
         """Losses by position, lengths beside the data's, and samples of every class."""
-        if wanted.lengths is not None or wanted.distances:
+        if wanted.measures.lengths is not None or wanted.measures.distances:
             raise ValueError(
                 "a generator chooses its own lengths and has no original to compare with: leave out --lengths, "
                 "--distances, evaluation.lengths and evaluation.distances"
