@@ -88,7 +88,8 @@ def test_what_a_finished_run_leaves(tiny_run: Path) -> None:
     per_length = [row["length"] for row in metrics["rate_distortion"]["per_length"]]
     assert per_length == [1, 2, 4, 8, 12, 16]
     rows = list(csv.DictReader((tiny_run / "evaluation/per_image.csv").open()))
-    assert len(rows) == 40 and set(rows[0]) == {"key", "group", *(f"mse@{length}" for length in per_length)}
+    columns = {f"{metric}@{length}" for metric in ("mse", "ssim") for length in per_length}
+    assert len(rows) == 40 and set(rows[0]) == {"key", "group"} | columns
     for name in ("rate_distortion", "reconstructions", "photograph"):
         assert (tiny_run / f"evaluation/{name}.png").read_bytes().startswith(b"\x89PNG")
 

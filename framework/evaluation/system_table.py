@@ -72,14 +72,14 @@ def write_system_table(evaluations: Mapping[str, Path], out: Path, lengths: Sequ
     systems.sort(key=lambda system: list(LAYOUTS).index(system.layout))
     metrics = list(dict.fromkeys(metric for each in found.values() for metric in each["distributions"]))
     (rows, bold), text = _rows(systems, metrics), _scope(protocol, metrics)
-    table = f"{markdown(rows, num_words=1, bold=bold)}\n{text}"
+    table = f"{markdown(rows, num_words=2, bold=bold)}\n{text}"
     if out.suffix == ".csv":
         columns: dict[str, Sequence[object]] = {"Tokenizer": [system.name for system in systems]}
         columns["Elastic"] = [system.elastic for system in systems]
         columns |= {name: [system.numbers.get(name, "") for system in systems] for name in (*COLUMNS, *metrics)}
         write_text(out, columns_text(columns))
     else:
-        write_text(out, latex(rows, num_words=1, bold=bold) if out.suffix == ".tex" else table)
+        write_text(out, latex(rows, num_words=2, bold=bold) if out.suffix == ".tex" else table)
     return table
 
 

@@ -90,7 +90,7 @@ def test_numbers_at_full_precision_and_for_latex(evaluated: dict[str, Path], tmp
     last = read(evaluated["discrete"])["rate_distortion"]["per_length"][-1]
     assert float(rows["discrete"]["MSE x 1000"]) == last["mse"] and rows["space"]["Codebook"] == ""
     write_system_table(evaluated, tmp_path / "table.tex")
-    assert r"\begin{tabular}{lrrr" in (tmp_path / "table.tex").read_text()
+    assert r"\begin{tabular}{llrr" in (tmp_path / "table.tex").read_text()
     with pytest.raises(ValueError, match="a table is a .md, .tex or .csv file"):
         write_system_table(evaluated, tmp_path / "table.txt")
 

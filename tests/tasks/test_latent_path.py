@@ -219,7 +219,7 @@ def test_a_run_is_judged_by_other_extractors_and_loads_without_their_wheels(
     assert metrics["protocol"]["distances"]["lite0"]["distance"] == "EfficientNet-Lite0 features"
     assert "EfficientNet-Lite0 features" in (folder / "evaluation/table.md").read_text()
     header = (folder / "evaluation/per_image.csv").read_text().partition("\n")[0]
-    assert header.endswith("mse@2,mse@16,lite0@2,lite0@16")
+    assert header.endswith("mse@2,mse@16,ssim@2,ssim@16,lite0@2,lite0@16")
 
     # Another judge, afterwards; the same command is then still that of the run.
     out = runs.evaluate(folder, lambda text: None, distances=["STLPIPS"], limit=4, lengths=[16])
