@@ -11,15 +11,9 @@ EXAMPLE = """\
 examples:
   OMP_NUM_THREADS=1 python tools/benchmark.py train --config projects/adatok/ntm.yaml
   OMP_NUM_THREADS=1 python tools/benchmark.py decode --config projects/adatok/ntm.yaml
-  OMP_NUM_THREADS=1 python tools/benchmark.py allocation --config projects/adatok/ntm.yaml --batch 1 64
-  OMP_NUM_THREADS=1 python tools/benchmark.py attention
-  OMP_NUM_THREADS=1 python tools/benchmark.py data --root my/photos
-  OMP_NUM_THREADS=1 python tools/benchmark.py quantizer --codes 4096 --dim 12
   OMP_NUM_THREADS=1 python tools/benchmark.py generate --run runs/adatok/ar --batch 1 8 32
-  OMP_NUM_THREADS=1 python tools/benchmark.py generate --lengths 4 8 12 16 --modes hazard prefix
-  OMP_NUM_THREADS=1 python tools/benchmark.py generate --official path/to/LlamaGen --rounds 3
-train runs under torchrun too. decode and allocation read no images, so a data root may be any folder:
-  IMAGENET_TRAIN=. IMAGENET_VAL=. python tools/benchmark.py decode --config projects/adatok/imagenet/ntm.yaml --batch 4
+  OMP_NUM_THREADS=1 python tools/benchmark.py generate --official path/to/LlamaGen
+train runs under torchrun too. decode and allocation read no images: IMAGENET_TRAIN=. IMAGENET_VAL=. will do.
 """
 
 
@@ -50,7 +44,7 @@ def parse() -> argparse.Namespace:
             command.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="changes to it, in YAML")
         if name in ("decode", "data", "quantizer"):
             command.add_argument("--batch", dest="batch_size", default=64, help="images, 64 unless given", **number)
-    train, allocation, data, quantizer = (commands.choices[n] for n in ("train", "allocation", "data", "quantizer"))
+    train, _, allocation, _, data, generate, quantizer = commands.choices.values()
     train.add_argument("--steps", help="of a round; train.log_every unless given", **number)
     allocation.add_argument("--batch", dest="batch_sizes", nargs="+", default=[1, 64], help="1 64 by default", **number)
     allocation.add_argument("--shortest", default=1, help="length to choose, 1 unless given", **number)
@@ -59,32 +53,24 @@ def parse() -> argparse.Namespace:
     data.add_argument("--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="0 2 unless given")
     for option, default in (("codes", 4096), ("dim", 12), ("tokens", 256)):
         quantizer.add_argument(f"--{option}", default=default, help=f"{default} unless given", **number)
-    generate = commands.choices["generate"]
-    which = generate.add_mutually_exclusive_group()
-    which.add_argument("--run", type=Path, metavar="DIR", help="of an autoregressive generator; else one is made")
-    which.add_argument("--official", type=Path, metavar="DIR", help="a checkout of FoundationVision/LlamaGen")
-    text = "images at a time, 1 8 32 unless given, or 8 beside the official sampler"
-    generate.add_argument("--batch", dest="batch_sizes", nargs="+", help=text, **number)
+    generate.add_argument("--run", type=Path, metavar="DIR", help="of an autoregressive generator; else one is made")
+    generate.add_argument("--official", type=Path, metavar="DIR", help="a checkout of FoundationVision/LlamaGen")
+    generate.add_argument("--batch", dest="batch_sizes", nargs="+", help="1 8 32, with --official 8", **number)
     generate.add_argument("--guidance", type=float, default=2.0, metavar="SCALE", help="2 unless given; 1 is none")
-    generate.add_argument("--size", help="LlamaGen's B to 3B, or WIDTHxDEPTHxHEADS; 128x4x4, or the official B")
+    generate.add_argument("--size", help="of LlamaGen, or WIDTHxDEPTHxHEADS; 128x4x4, with --official B")
     generate.add_argument("--lengths", nargs="+", metavar="N|FILE", help="drawn from these, or a token file's")
     generate.add_argument("--modes", nargs="+", choices=("none", "eos", "hazard", "prefix"), help="all unless given")
-    generate.add_argument("--codes", help="of the vocabulary, 4096 unless given", **number)
-    generate.add_argument("--images", help="of a round, for each at a time; 8 unless given", **number)
-    generate.add_argument("--tokens", help="of an image, 256 unless given, beside the official sampler", **number)
     return parser.parse_args()
 
 
 def main() -> int:
     options = vars(parse())
-    from framework import runs
-    from framework.config import ConfigError
-    from framework.launch.benchmarks import benchmark_lines
+    from framework.launch.benchmarks import ERRORS, benchmark_lines
 
     try:
         for line in benchmark_lines(**options):
             print(line, flush=True)
-    except (ConfigError, runs.RunError, ValueError, TypeError, OSError) as error:
+    except ERRORS as error:
         print(error, file=sys.stderr)
         return 2
     return 0

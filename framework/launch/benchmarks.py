@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from framework import runs
-from framework.config import load_config
+from framework.config import ConfigError, load_config
 from framework.data.token_file import TokenFile
 from framework.engine import allocation_benchmark, benchmark, data_benchmark, generation_benchmark, quantizer_benchmark
+from framework.engine.checkpoint import CheckpointError
 from framework.engine.official_sampler import official_lines
 from framework.generators.autoregressive import SIZES
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.length_modes import LENGTH_MODES
 from framework.launch.environment import joined
+
+ERRORS = (ConfigError, runs.RunError, CheckpointError, ValueError, TypeError, OSError)
+"""Those that are for people."""
 
 
 def generation_lines(
