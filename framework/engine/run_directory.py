@@ -79,10 +79,10 @@ def is_finished(folder: Path) -> bool:
     return bool(starts) and starts[-1].get("outcome") == "finished" and (folder / "evaluation/table.md").exists()
 
 
-def record_start(folder: Path, more: Mapping[str, object]) -> None:
-    """Add what is worth knowing about this start to ``run.json``, and ``more``."""
+def circumstances() -> dict[str, object]:
+    """What is worth knowing about this process: when, command, versions, commit, host and threads."""
     names = ("torch", "torchvision", "numpy", "einops", "fvcore")
-    start: dict[str, object] = {
+    return {
         "started": _now(),
         "command": sys.argv,
         "python": platform.python_version(),
@@ -91,7 +91,11 @@ def record_start(folder: Path, more: Mapping[str, object]) -> None:
         "host": platform.node(),
         "threads": torch.get_num_threads(),
     }
-    _record(folder, [*_starts(folder), {**start, **more}])
+
+
+def record_start(folder: Path, more: Mapping[str, object]) -> None:
+    """Add the circumstances of this start to ``run.json``, and ``more``."""
+    _record(folder, [*_starts(folder), {**circumstances(), **more}])
 
 
 def record_end(folder: Path, outcome: str, step: int) -> None:

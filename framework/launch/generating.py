@@ -1,0 +1,191 @@
+"""Images of classes from a run's generator, with all that is needed to make them again.
+
+Shapes: i images, h and w pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from framework import runs
+from framework.config import ConfigError
+from framework.engine.checkpoint import CheckpointError
+from framework.engine.run_directory import circumstances
+from framework.evaluation.image_metrics import UINT8_RULE, to_uint8
+from framework.evaluation.plots import write_rows
+from framework.evaluation.tables import columns_text
+from framework.generators.guidance import Guidance
+from framework.generators.image_generator import ImageGenerator
+from framework.generators.interface import Generator
+from framework.models.loading import EVALUATION, LOSSES, Which, experiment_from, restore, run_config
+from framework.runtime.files import PARTIAL, digest, publish_folder, remove_folder, write_text
+from framework.runtime.weights import weights_digest
+
+ERRORS = (ConfigError, runs.RunError, CheckpointError, ValueError, TypeError, OSError)
+"""Those that are for people."""
+CALLS = 4
+"""Times as many images are asked for together as are made at a time, so that rows of finished ones are used again."""
+PER_CLASS, CLASSES = 8, 20
+"""Images in the picture, at most."""
+SAMPLING = ("temperature", "top_k", "top_p")
+
+
+def generate_images(
+    run: Path,
+    out: Path,
+    num: int,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None],
+    classes: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    guidance: Guidance | None = None,
+    seed: int = 0,
+    checkpoint: Which = "latest",
+    **settings: Any,
+) -> None:
+    """Make images, on the run's device, in a new folder.
+
+    Image i is of class i modulo the number of classes, so that classes take turns, as the ADM evaluator's inception
+    score needs them; it depends on (seed, i, its class and length, guidance, settings), and not on how many there are.
+    The folder has ``images/``, ``samples.csv`` with their classes and lengths, ``grid.png`` of some of each class,
+    ``samples.npz`` with ``arr_0 (i, h, w, 3)`` uint8 for the ADM evaluator and labels ``arr_1 (i,)``, and
+    ``record.json`` with all that made them. It comes to its name when all of it is there.
+
+    Args:
+        run: the directory of a generator's run.
+        out: the folder.
+        num: i.
+        progress: told how far it is.
+        say: told what came of it.
+        classes: all unless given.
+        lengths: of the generator's budgets, which images of a class take in turn; as it finds right unless given.
+        guidance: none unless given.
+        seed: of all images.
+        checkpoint: the latest, or the best as ``train.best`` says.
+        settings: ``temperature``, ``top_k``, ``top_p``, ``policy`` and ``batch_size`` in place of the generator's own,
+            where they are not ``None``.
+
+    Raises:
+        FileExistsError: if the folder is there.
+        TypeError: if this is no run of a generator.
+        ValueError: if the generator has no such classes, lengths or settings.
+        RunError, CheckpointError, ConfigError: as ``runs.load``.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
+    images, record = _loaded(run, checkpoint)
+    generator, guidance = images.generator, guidance or Guidance()
+    _set(generator, {name: value for name, value in settings.items() if value is not None})
+    chosen = torch.tensor(range(images.num_classes) if classes is None else list(classes))
+    generator.space.check_labels(chosen)
+    numbers = torch.arange(num)
+    labels, asked = chosen[numbers % len(chosen)], None
+    if lengths is not None:
+        generator.space.check_lengths(torch.tensor(lengths))
+        asked = torch.tensor(lengths)[numbers // len(chosen) % len(lengths)]
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.exists():
+        remove_folder(partial)  # of a command that was stopped
+    (partial / "images").mkdir(parents=True)
+    kept: list[int] = []
+    with _pixels(partial, num, images.tokenizer.size, labels) as pixels:
+        for rows in numbers.split(CALLS * getattr(generator, "batch_size", PER_CLASS)):
+            given = None if asked is None else asked[rows]
+            tokens = images.generate(labels[rows], seed=seed, sample_ids=rows, guidance=guidance, lengths=given)
+            kept += tokens.lengths.tolist()
+            pixels[rows] = rearrange(to_uint8(images.decode(tokens)).cpu(), "i c h w -> i h w c").numpy()
+            for row in rows.tolist():
+                Image.fromarray(pixels[row]).save(partial / "images" / f"{row:08}.png")
+            progress("images", len(kept), num)
+        _write_grid(pixels, labels, kept, partial / "grid.png")
+    names = [f"{number:08}.png" for number in range(num)]
+    write_text(partial / "samples.csv", columns_text({"image": names, "label": labels.tolist(), "tokens": kept}))
+    made = {
+        "run": record,
+        "generator": {"name": type(generator).__name__, **_settings(generator)},
+        "seed": seed,
+        "images": num,
+        "classes": chosen.tolist(),
+        "guidance": asdict(guidance),
+        "asked_lengths": lengths,
+        "lengths": {str(budget): count for budget, count in sorted(Counter(kept).items())},
+        "samples.npz": f"arr_0 uint8 (i, h, w, 3), {UINT8_RULE}; arr_1 int64 labels; classes take turns",
+        "made": circumstances() | {"device": str(next(images.parameters()).device)},
+    }
+    write_text(partial / "record.json", json.dumps(made, indent=1, default=str) + "\n")
+    publish_folder(partial, out)
+    say(f"{num} images of {len(chosen)} classes, of {sum(kept) / num:.2f} tokens on average")
+    say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
+
+
+def _loaded(run: Path, checkpoint: Which) -> tuple[ImageGenerator, dict[str, object]]:
+    experiment = experiment_from(run_config(run), unread=[LOSSES, EVALUATION])
+    images = experiment.task.model
+    if not isinstance(images, ImageGenerator):
+        raise TypeError(f"{run} is no run of a generator: its model is {type(images).__name__}")
+    record = restore(experiment, run, None, checkpoint)
+    if experiment.run.threads is not None:
+        torch.set_num_threads(experiment.run.threads)
+    record |= {"config_sha256": digest(run / "config.yaml"), "weights_sha256": weights_digest(images.state_dict())}
+    return images.to(experiment.run.torch_device()).eval(), record
+
+
+def _settings(generator: Generator) -> dict[str, Any]:
+    """What changes samples or their speed and is no weight, as it is now."""
+    found = {name: getattr(generator, name) for name in ("policy", "batch_size", "steps") if hasattr(generator, name)}
+    if (sampling := getattr(generator, "sampling", None)) is not None:
+        found["sampling"] = asdict(sampling)
+    if (sampler := getattr(generator, "sampler", None)) is not None:
+        found["sampler"] = {"name": type(sampler).__name__, **vars(sampler)}
+    return found
+
+
+def _set(generator: Generator, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        owner = "sampling" if name in SAMPLING else name
+        if not hasattr(generator, owner):
+            raise ValueError(
+                f"{name} is no setting of this run's generator, a {type(generator).__name__}; it has "
+                f"{', '.join(_settings(generator)) or 'none'}"
+            )
+        before: Any = getattr(generator, owner)
+        setattr(generator, owner, replace(before, **{name: value}) if name in SAMPLING else value)
+
+
+@contextmanager
+def _pixels(folder: Path, num: int, size: tuple[int, int], labels: Tensor) -> Iterator[NDArray[np.uint8]]:
+    """An array on disk, which becomes ``samples.npz`` when it is full: there may be more images than memory."""
+    files = [folder / f"arr_{number}.npy" for number in range(2)]
+    pixels = np.lib.format.open_memmap(files[0], mode="w+", dtype=np.uint8, shape=(num, *size, 3))
+    yield pixels
+    pixels.flush()
+    np.save(files[1], labels.numpy())
+    with ZipFile(folder / "samples.npz", "w") as archive:
+        for file in files:
+            archive.write(file, file.name)
+            file.unlink()
+
+
+def _write_grid(pixels: NDArray[np.uint8], labels: Tensor, lengths: Sequence[int], path: Path) -> None:
+    """Some of each class, a class a row, each with its class and length."""
+    classes = labels.unique()[:CLASSES]
+    rows = [(labels == label).nonzero().flatten()[:PER_CLASS] for label in classes]
+    per_row = min(len(row) for row in rows)
+    shown = torch.cat([row[:per_row] for row in rows]).tolist()
+    captions = [f"{labels[row]}, {lengths[row]} tokens" for row in shown]
+    cells = [rearrange(torch.from_numpy(pixels[row] / np.float32(255)), "h w c -> c h w") for row in shown]
+    write_rows(cells, captions, per_row if per_row > 1 else PER_CLASS, path)

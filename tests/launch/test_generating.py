@@ -1,0 +1,154 @@
+"""Images of a run's generator: what is in the folder, that it can be made again, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import framework
+from framework.generators.autoregressive import LlamaGenAR
+from framework.generators.guidance import Guidance
+from framework.generators.image_generator import ImageGenerator
+from framework.launch import generating
+from framework.launch.generating import generate_images
+from framework.runtime.weights import weights_digest
+from tests.tasks.test_train_generator import run as run  # a module's fixture
+from tests.tiny_run import run_tool
+
+
+def with_decoder(images: ImageGenerator) -> ImageGenerator:
+    """An untrained decoder makes grey of everything; this one does not."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in images.tokenizer.decoder.parameters():
+            weight.normal_(std=0.2, generator=generator)
+    return images
+
+
+@pytest.fixture(autouse=True)
+def colourful(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = generating._loaded
+
+    def again(*args: Any) -> Any:
+        images, record = loaded(*args)
+        return with_decoder(images), record
+
+    monkeypatch.setattr(generating, "_loaded", again)
+
+
+def silent(*told: object) -> None:
+    pass
+
+
+def pixels_of(out: Path) -> Any:
+    return np.load(out / "samples.npz")["arr_0"]
+
+
+def test_the_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "samples"
+    options = ["--num", 7, "--classes", 4, 2, "--guidance", 2, "--interval", 0, 0.5, "--seed", 3, "--top-k", 5]
+    assert run_tool(monkeypatch, "generate", "--run", run, "--out", out, *options, "--batch", 1) == 0
+    assert "7 images of 2 classes, of 5.00 tokens on average" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"images", "grid.png", "samples.csv", "samples.npz", "record.json"}
+    assert list(tmp_path.iterdir()) == [out]
+
+    with np.load(out / "samples.npz") as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        pixels, labels = archive["arr_0"], archive["arr_1"]
+    assert pixels.shape == (7, 16, 16, 3) and pixels.dtype == np.uint8
+    assert labels.tolist() == [4, 2, 4, 2, 4, 2, 4]
+    for number, rows in enumerate(csv.DictReader((out / "samples.csv").open())):
+        assert rows == {"image": f"{number:08}.png", "label": str(labels[number]), "tokens": "5"}
+        assert np.array_equal(np.asarray(Image.open(out / "images" / rows["image"])), pixels[number])
+
+    model = framework.load(run)
+    assert isinstance(model.generator, LlamaGenAR)
+    record = json.loads((out / "record.json").read_text())
+    assert record["run"]["step"] == 6 and record["run"]["weights_sha256"] == weights_digest(model.state_dict())
+    assert record["generator"]["name"] == "LlamaGenAR" and record["generator"]["batch_size"] == 1
+    assert record["generator"]["sampling"] == {"temperature": 1.0, "top_k": 5, "top_p": 1.0}
+    assert (record["seed"], record["lengths"]) == (3, {"5": 7})
+    guidance = Guidance(**record["guidance"] | {"interval": tuple(record["guidance"]["interval"])})
+    model.generator.sampling = generating.replace(model.generator.sampling, top_k=5)
+    tokens = model.generate(torch.from_numpy(labels), seed=3, guidance=guidance)
+    expected = (with_decoder(model).decode(tokens) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(expected - pixels).max() <= 1  # where other batches round differently
+    assert len(np.unique(pixels.reshape(7, -1), axis=0)) > 1
+
+
+def test_an_image_depends_neither_on_how_many_there_are_nor_on_the_policy(run: Path, tmp_path: Path) -> None:
+    several: dict[str, Any] = {
+        "few": {"num": 5}, "many": {"num": 12, "policy": "static", "batch_size": 3}, "other": {"num": 5, "seed": 1},
+        "asked": {"num": 5, "lengths": [5]}, "cool": {"num": 5, "temperature": 0.0},
+    }  # fmt: skip
+    for name, given in several.items():
+        generate_images(run, tmp_path / name, progress=silent, say=silent, **given)
+    few, many, other, asked, cool = (pixels_of(tmp_path / name).astype(int) for name in several)
+    assert np.abs(few - many[:5]).max() <= 1 and np.abs(few - asked).max() <= 1
+    assert np.abs(few - other).max() > 1 and np.abs(few - cool).max() > 1
+
+
+def test_a_command_that_was_stopped_leaves_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generating, "_write_grid", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate_images(run, tmp_path / "out", 9, silent, silent)
+    assert not (tmp_path / "out").exists()
+    generate_images(run, tmp_path / "out", 3, silent, silent)
+    assert len(list((tmp_path / "out/images").iterdir())) == 3 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "10"], "classes are numbers from 0 to 9, got 10"),
+        (["--lengths", "5", "6"], r"lengths are [5], got 6: the nearest is 5"),
+        (["--temperature", "-1"], "the temperature is a number from 0, got -1.0"),
+        (["--interval", "1", "0"], "interval of progress from 0 to 1"),
+        (["--checkpoint", "best"], "keeps no best checkpoint"),
+    ],
+)
+def test_refusals(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: list[str], message: str,
+) -> None:  # fmt: skip
+    assert run_tool(monkeypatch, "generate", "--run", run, "--out", tmp_path / "out", "--num", 2, *options) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_other_folders_and_generators(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileExistsError, match="another folder, or remove it"):
+        generate_images(run, tmp_path, 2, silent, silent)
+    with monkeypatch.context() as patched:
+        other = SimpleNamespace(task=SimpleNamespace(model=torch.nn.Identity()))
+        patched.setattr(generating, "experiment_from", lambda *args, **given: other)
+        with pytest.raises(TypeError, match="no run of a generator: its model is Identity"):
+            generate_images(run, tmp_path / "out", 2, silent, silent)
+    with pytest.raises(framework.runs.RunError, match="holds no run"):
+        generate_images(tmp_path / "nothing", tmp_path / "out", 2, silent, silent)
+    loaded = generating._loaded
+
+    def without_policy(*args: Any) -> Any:
+        images, record = loaded(*args)
+        del images.generator.policy
+        return images, record
+
+    monkeypatch.setattr(generating, "_loaded", without_policy)
+    with pytest.raises(ValueError, match="policy is no setting of this run's generator, a Llama.*; it has batch"):
+        generate_images(run, tmp_path / "out", 2, silent, silent, policy="static")
+    assert not (tmp_path / "out").exists()
