@@ -127,6 +127,7 @@ class DigitJudge(nn.Module):
         write_bytes(path, safetensors.torch.save(state, {"sha256": weights_digest(state)}))
         return judge.eval()
 
+    @torch.enable_grad()
     def _fit(self, data: ImageData, training: JudgeTraining, progress: Progress) -> None:
         optimizer = torch.optim.AdamW(self.parameters(), lr=training.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)

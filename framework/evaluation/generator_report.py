@@ -171,6 +171,8 @@ def evaluate_generator(
 
 def _sampled(model: ImageGenerator, labels: Tensor, guidance: Guidance, progress: Progress | None) -> Tokens:
     parts = []
+    if progress is not None:
+        progress(f"samples at guidance {guidance.scale:g}", 0, len(labels))
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         parts.append(model.generate(labels[numbers], sample_ids=numbers, guidance=guidance))
         if progress is not None:

@@ -55,7 +55,7 @@ def generation_lines(
         yield from official_lines(official, size, tokens, batch_sizes[0], guidance, rounds)
         return
     found: dict[str, Any] = {"rounds": rounds, "batch_sizes": batch_sizes or [1, 8, 32], "guidance": guidance}
-    found["images_per_row"] = given.get("images", 8)
+    found["images_per_row"] = given.get("images", 16)
     if run is not None:
         found["images"] = runs.load(run)
         if not isinstance(found["images"], ImageGenerator):

@@ -102,6 +102,7 @@ def generate_images(
         remove_folder(partial)  # of a command that was stopped
     (partial / "images").mkdir(parents=True)
     kept: list[int] = []
+    progress("images", 0, num)
     with _pixels(partial, num, images.tokenizer.size, labels) as pixels:
         for rows in numbers.split(CALLS * getattr(generator, "batch_size", PER_CLASS)):
             given = None if asked is None else asked[rows]

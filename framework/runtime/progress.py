@@ -15,6 +15,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Stages:
     """Call it with the name of a stage, how much of it is done, and how much there is; a context manager.
 
+    Where much is done before the first call, call it with 0 at the start, for the time left to be right.
+
     Args:
         console: where a bar is drawn, standard error unless given; if it is no terminal, lines go to standard error.
     """
@@ -47,5 +49,5 @@ class Stages:
             self._bars.update(self._tasks[stage], completed=done, total=total, refresh=True)
         elif now - self._said > SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (now - began) / done * (total - done)
-            print(f"{stage}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f", {(now - began) / done * (total - done):.0f} s left" if done else ""
+            print(f"{stage}: {done}/{total}{left}", file=sys.stderr, flush=True)

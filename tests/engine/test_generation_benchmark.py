@@ -82,7 +82,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     titles = [line for line in capsys.readouterr().out.splitlines() if "token ratio" in line]
     expected = [f"mode {mode}" for mode in ("none", "prefix") for _ in range(2)]
     assert [title.partition(",")[0] for title in titles] == expected
-    assert "2 alternating" not in titles[0] and "rounds of 16 images" in titles[0] and "of 24 images" in titles[1]
+    assert "2 alternating" not in titles[0] and "rounds of 32 images" in titles[0] and "of 48 images" in titles[1]
 
 
 def test_a_run_is_measured_with_its_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_the_same_data_and_settings_give_the_same_judge(tmp_path: Path) -> None:
     one = DigitJudge.trained(data, tmp_path / "one", FEW)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    same = DigitJudge.trained(data, tmp_path / "same", FEW)
+    with torch.no_grad():  # as evaluations run
+        same = DigitJudge.trained(data, tmp_path / "same", FEW)
     assert torch.equal(torch.get_rng_state(), state) and not same.training
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True))
     other = DigitJudge.trained(data, tmp_path / "one", replace(FEW, seed=1))

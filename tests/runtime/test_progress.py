@@ -28,3 +28,14 @@ def test_elsewhere_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch, caps
             now += 1.0
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["tokenizer: 17/40, 22 s left", "tokenizer: 33/40, 7 s left"]
+
+
+def test_a_stage_may_begin_at_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress, "perf_counter", lambda: now)
+    with Stages(Console(file=StringIO(), force_terminal=False)) as stages:
+        for stage, done in (("samples", 0), ("images", 0), ("images", 10)):
+            stages(stage, done, 40)
+            now += 20.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["images: 0/40", "images: 10/40, 60 s left"]
