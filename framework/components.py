@@ -18,6 +18,7 @@ import framework.engine.optimizers
 import framework.engine.schedules
 import framework.engine.trackers
 import framework.evaluation.distribution_features
+import framework.generators.autoregressive
 import framework.losses.discriminators
 import framework.losses.extractors.classifiers
 import framework.losses.extractors.lpips
@@ -27,6 +28,7 @@ import framework.losses.values
 import framework.tasks.fine_tune_decoder
 import framework.tasks.train_allocation
 import framework.tasks.train_autoencoder
+import framework.tasks.train_generator
 import framework.tasks.train_tokenizer
 import framework.tokenizers.autoencoders.autoencoder_kl
 import framework.tokenizers.autoencoders.vqgan

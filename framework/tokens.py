@@ -5,9 +5,11 @@ Shapes: b batch, n tokens in the padded sequence, d channels of a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -66,3 +68,23 @@ class Tokens:
         return Tokens(
             self.latents[rows], self.lengths[rows], None if self.codes is None else self.codes[rows]
         )
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same on a device."""
+        latents, lengths = (each.to(device, non_blocking=True) for each in (self.latents, self.lengths))
+        return Tokens(latents, lengths, None if self.codes is None else self.codes.to(device, non_blocking=True))
+
+    def padded(self, num_tokens: int) -> Tokens:
+        """With zeros behind the sequences, up to ``num_tokens`` positions."""
+        more = num_tokens - self.latents.shape[1]
+        codes = None if self.codes is None else F.pad(self.codes, (0, more))
+        return Tokens(F.pad(self.latents, (0, 0, 0, more)), self.lengths, codes)
+
+    @staticmethod
+    def join(parts: Sequence[Tokens]) -> Tokens:
+        """The rows of all parts, at least one, padded to the longest; all or none have codes."""
+        longest = max(part.latents.shape[1] for part in parts)
+        parts = [part.padded(longest) for part in parts]
+        codes = [part.codes for part in parts if part.codes is not None]
+        latents, lengths = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "lengths"))
+        return Tokens(latents, lengths, torch.cat(codes) if codes else None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from framework.config.registry import Registry
 from framework.runtime.hashing import uniforms
+from framework.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Batch:
         kinds: what sort of image each one is, where evaluations should tell sorts apart: ``3 digits``.
         target: what a tokenizer's output space says of the images, ``(b, ...)``, where that was computed beforehand.
             Where it is all that is needed, images have no pixels: ``(b, 3, 0, 0)``.
+        tokens: of a tokenizer, where images were encoded beforehand; images then have no pixels either.
     """
 
     images: Tensor
@@ -41,6 +43,7 @@ class Batch:
     broken: Mapping[str, str] = field(default_factory=dict)
     kinds: list[str] | None = None
     target: Tensor | None = None
+    tokens: Tokens | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on a device."""
@@ -49,7 +52,8 @@ class Batch:
             return None if value is None else value.to(device, non_blocking=True)
 
         images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, labels=moved(self.labels), target=moved(self.target))
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return replace(self, images=images, labels=moved(self.labels), target=moved(self.target), tokens=tokens)
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The images at ``rows``, in that order."""
@@ -61,6 +65,7 @@ class Batch:
             None if self.labels is None else self.labels[numbers],
             kinds=None if self.kinds is None else [self.kinds[row] for row in rows],
             target=None if self.target is None else self.target[numbers],
+            tokens=None if self.tokens is None else self.tokens.select(numbers),
         )
 
 

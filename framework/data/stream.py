@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from framework.data.interface import Batch, ImageData, TooManyBroken, in_unit_range
 from framework.runtime.hashing import uniforms
+from framework.tokens import Tokens
 
 
 class Stream(Iterator[Batch]):
@@ -228,6 +229,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
         return parts[0]
     labels = [part.labels for part in parts if part.labels is not None]
     targets = [part.target for part in parts if part.target is not None]
+    tokens = [part.tokens for part in parts if part.tokens is not None]
     return Batch(
         torch.cat([part.images for part in parts]),
         [key for part in parts for key in part.keys],
@@ -236,6 +238,7 @@ def _concatenate(parts: list[Batch]) -> Batch:
         {key: reason for part in parts for key, reason in part.broken.items()},
         [kind for part in parts for kind in part.kinds or ()] or None,
         torch.cat(targets) if targets else None,
+        Tokens.join(tokens) if tokens else None,
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from framework.nn.causal_transformer import CausalBlock, CausalTransformer
 from framework.nn.transformer import Block, Transformer
 
 
@@ -18,7 +19,7 @@ def compiled_blocks(module: nn.Module, backend: str | Callable[..., object] = "i
     decoder's sequence is as long as the longest prefix of its batch: with fixed sizes each length would be compiled
     anew, and torch gives up after eight. So a run compiles twice, with and without padded keys.
     """
-    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    blocks = [part for part in module.modules() if isinstance(part, Block | CausalBlock)]
     for block in blocks:
         block.compile(dynamic=True, backend=backend)
     try:
@@ -31,5 +32,5 @@ def compiled_blocks(module: nn.Module, backend: str | Callable[..., object] = "i
 def recompute_blocks(module: nn.Module) -> None:
     """Have every transformer in ``module`` keep its blocks' inputs only, and compute the rest again going backward."""
     for part in module.modules():
-        if isinstance(part, Transformer):
+        if isinstance(part, Transformer | CausalTransformer):
             part.recompute = True

@@ -50,9 +50,11 @@ def freeze(task: Task, globs: Sequence[str]) -> None:
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """A batch in ``count`` equal parts, in its order."""
+    """A batch in ``count`` equal parts: in its order, or, of tokens, short ones with short ones and without padding."""
     if count == 1:
         return [batch]
+    if batch.tokens is not None:
+        batch = batch.select(batch.tokens.lengths.argsort(stable=True).tolist())
     size = len(batch.images) // count
     return [batch.select(range(start, start + size)) for start in range(0, size * count, size)]
 
@@ -116,7 +118,7 @@ class TurnTraining:
     def take(
         self, task: Task, batches: Sequence[Batch], context: Context, phase: Phase = record_function
     ) -> dict[str, float]:
-        """Move the turn's weights once, by the mean gradient of equal micro-batches on all ranks; returns mean numbers.
+        """Move the turn's weights once, by the mean gradient of all micro-batches on all ranks; returns mean numbers.
 
         Args:
             task: whose turn it is.
@@ -131,6 +133,7 @@ class TurnTraining:
         self.optimizer.zero_grad()
         self._let_others_learn(False)
         names: list[tuple[list[str], list[str]]] = []  # of losses and of metrics, by micro-batch
+        counts: list[Tensor] = []  # of targets, likewise, where the task counts them
         numbers: list[Tensor] = []
         try:
             for batch in batches:
@@ -139,19 +142,23 @@ class TurnTraining:
                         output = task(batch, self.turn.name, context)
                     losses = torch.stack([loss.float() for loss in output.losses.values()])
                 with phase("backward"):
-                    (losses.sum() / len(batches)).backward()
+                    share = 1 / len(batches) if output.count is None else output.count.to(losses)
+                    (losses.sum() * share).backward()
+                counts += [] if output.count is None else [output.count.to(losses)]
                 names.append((list(output.losses), list(output.metrics)))
                 numbers.append(losses.detach().double())
                 numbers += [metric.detach().reshape(1).to(losses.device).double() for metric in output.metrics.values()]
         finally:
             self._let_others_learn(True)
         own = torch.cat(numbers)
-        shared = own.clone()
+        shared, total = own.clone(), torch.stack(counts).sum() if counts else None
         if self.ranks.size > 1:
             with phase("communication"):
-                self.ranks.average([*self._shared_gradients(), shared])
+                self.ranks.average([*self._shared_gradients(), shared, *([] if total is None else [total])])
         with phase("optimizer"):
             gradients = [p.grad for _, p in self.parameters if p.grad is not None]
+            if total is not None:
+                torch._foreach_div_(gradients, total)
             norm = torch.nn.utils.get_total_norm(gradients)
             # The step's one wait for the device.
             *values, norm_value = torch.cat([own, shared, norm[None].double()]).tolist()

@@ -156,12 +156,14 @@ class LlamaGenAR(Generator):
             targets, predicted = targets.masked_fill(ends, self.head.out_features - 1), predicted | ends
         logits = self.length.mask(self.head(states[predicted]).float(), places[predicted])
         count = lengths.sum()
-        sums = {"code": F.cross_entropy(logits, targets[predicted], reduction="sum")}
+        each = F.cross_entropy(logits, targets[predicted], reduction="none")
+        by_position = each.new_zeros(longest).index_add(0, places[predicted], each.detach())
+        sums = {"code": each.sum()}
         sums |= self.length.losses(states, every[:, 0], lengths)
         losses = {name: value / count for name, value in sums.items()}
         nll = torch.stack(list(losses.values())).sum().detach()
         bits = nll * count / len(labels) / torch.log(torch.tensor(2.0))
-        return GeneratorLoss(losses, count, {"nll": nll, "bits": bits})
+        return GeneratorLoss(losses, count, {"nll": nll, "bits": bits}, by_position)
 
     def engine(self, batch_size: int | None = None, policy: Policy | None = None) -> DecodeEngine:
         """An engine for the present weights; they are read when it is made."""

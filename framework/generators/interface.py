@@ -103,11 +103,13 @@ class GeneratorLoss:
         count: how many tokens the batch's sequences keep. What several batches make one step weighs by it, so that
             every token of the step counts the same.
         metrics: detached scalars that are only logged.
+        by_position: detached sums of the tokens' own loss at each position, up to the longest, for evaluations.
     """
 
     losses: dict[str, Tensor]
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    by_position: Tensor | None = None
 
 
 class Generator(nn.Module, ABC):

@@ -59,10 +59,15 @@ class Context:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Named losses, weighted, whose sum is minimised; and detached numbers that are only logged."""
+    """Named losses, weighted, whose sum is minimised; and detached numbers that are only logged.
+
+    ``count`` is how many targets the losses are means over: micro-batches and ranks then weigh by it, so that every
+    target of a step counts the same. Without one they weigh the same.
+    """
 
     losses: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    count: Tensor | None = None
 
 
 @dataclass(frozen=True)
