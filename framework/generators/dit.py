@@ -19,7 +19,7 @@ from framework.generators.guidance import Guidance, guided
 from framework.generators.interface import GENERATORS, Generator, GeneratorLoss, TokenSpace
 from framework.generators.latent_scale import LatentScale
 from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
-from framework.generators.samplers import Euler, Sampler
+from framework.generators.samplers import DDIM, Euler, Sampler
 from framework.generators.sizes import Size, size_of
 from framework.nn.adaptive_transformer import AdaptiveTransformer, TimeEmbedding
 from framework.nn.attention import mask_to_bias
@@ -48,7 +48,7 @@ class DiT(Generator):
         positions: ``learned`` adds a table; ``rope1d`` turns with the position in the sequence; both may stand.
         rope_base: of the slowest pair's period, ``2 pi rope_base`` positions.
         objective: what is predicted; null for ``Velocity``.
-        sampler: of the objective's; null for ``Euler``.
+        sampler: of the objective's; null for ``Euler``, and for ``DDIM`` where the objective is ``DDPM``.
         prior_strength: kappa of the length prior.
         shrinkage: of the scale of latents, see ``LatentScale``.
         label_dropout: share of training sequences without class, for guidance.
@@ -97,7 +97,7 @@ class DiT(Generator):
             )
         self.batch_size = batch_size
         self.objective = Velocity() if objective is None else objective
-        self.sampler = sampler or Euler()
+        self.sampler = sampler or (Euler() if isinstance(self.objective, Velocity) else DDIM())
         if not isinstance(self.objective, self.sampler.objective):
             raise ValueError(
                 f"{type(self.sampler).__name__} samples what {self.sampler.objective.__name__} has trained, and the "
@@ -168,15 +168,16 @@ class DiT(Generator):
         # As many numbers as tokens are kept, so that padding does not shift the draws.
         count = mask.sum()
         noise[mask] = torch.randn(int(count), self.space.dim, generator=generator).to(device)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}  # at each position
         for rows, length, kept in self._parts(tokens.lengths, mask):
             real, drawn, at = clean[rows, :length], noise[rows, :length], times[rows]
             x = self.objective.noised(real, drawn, at)
             output = self(x, self.objective.network_times(at), labels[rows], tokens.lengths[rows], kept)
             for name, each in self.objective.losses(output, x, real, drawn, at).items():
-                total = each.sum() if kept is None else each.masked_fill(~kept, 0).sum()
-                sums[name] = sums.get(name, 0) + total
-        return GeneratorLoss({name: total / count for name, total in sums.items()}, count)
+                total = (each if kept is None else each.masked_fill(~kept, 0)).sum(0)
+                sums[name] = sums.get(name, 0) + F.pad(total, (0, self.space.longest - length))
+        by_position = next(iter(sums.values())).detach()
+        return GeneratorLoss({name: each.sum() / count for name, each in sums.items()}, count, {}, by_position)
 
     def _parts(self, lengths: Tensor, mask: Tensor) -> Iterator[tuple[slice | Tensor, int, Tensor | None]]:
         """Rows that are computed together, the length they are padded to, and where their tokens count."""

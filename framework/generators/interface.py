@@ -100,8 +100,8 @@ class GeneratorLoss:
 
     Args:
         losses: named, their sum is minimised: each a sum over this batch divided by ``count``.
-        count: how many tokens the batch's sequences keep. What several batches make one step weighs by it, so that
-            every token of the step counts the same.
+        count: how many tokens the batch's sequences keep, or as many of them as are predicted. What several batches
+            make one step weighs by it, so that every token of the step counts the same.
         metrics: detached scalars that are only logged.
         by_position: detached sums of the tokens' own loss at each position, up to the longest, for evaluations.
     """

@@ -22,7 +22,7 @@ class NoiseSchedule:
     def __init__(self, betas: Tensor, times: Tensor) -> None:
         self.betas, self.times = betas, times
         self.signal = (1 - betas).cumprod(0)
-        self.signal_before = torch.cat([self.signal.new_ones(1), self.signal[:-1]])
+        self.signal_before = torch.cat([torch.ones_like(self.signal[:1]), self.signal[:-1]])
         variance = betas * (1 - self.signal_before) / (1 - self.signal)
         # The first posterior has no variance; as in the official code, its logarithm is taken from the second.
         self.log_variance = torch.cat([variance[1:2], variance[1:]]).log()
@@ -33,13 +33,14 @@ class NoiseSchedule:
     def linear(num_times: int, first: float = 1e-4, last: float = 0.02) -> NoiseSchedule:
         """DDPM's betas; ``first`` and ``last`` are of 1000 times, and of fewer the more."""
         scale = 1000 / num_times
-        betas = torch.linspace(scale * first, scale * last, num_times, dtype=torch.float64)
-        return NoiseSchedule(betas, torch.arange(num_times))
+        # Constants, which are numbers even where a model is built without any ("meta").
+        betas = torch.linspace(scale * first, scale * last, num_times, dtype=torch.float64, device="cpu")
+        return NoiseSchedule(betas, torch.arange(num_times, device="cpu"))
 
     def respaced(self, kept: Tensor) -> NoiseSchedule:
         """The same noise at fewer times ``(r,)``, increasing."""
         signal = self.signal[kept]
-        before = torch.cat([signal.new_ones(1), signal[:-1]])
+        before = torch.cat([torch.ones_like(signal[:1]), signal[:-1]])
         return NoiseSchedule(1 - signal / before, self.times[kept])
 
     def noised(self, clean: Tensor, noise: Tensor, places: Tensor) -> Tensor:

@@ -200,9 +200,8 @@ def _flow_times(steps: int, shift: float) -> list[float]:
     _check_steps(steps, 1)
     if not 0 < shift < float("inf"):
         raise ValueError(f"the shift of times is above 0, got {shift}")
-    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    times: list[float] = (shift * even / (1 + (shift - 1) * even)).tolist()
-    return times
+    even = [step / steps for step in range(steps + 1)]
+    return [shift * time / (1 + (shift - 1) * time) for time in even]
 
 
 def _check_steps(steps: int, least: int) -> None:
