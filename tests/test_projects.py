@@ -16,6 +16,7 @@ from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.config import Config, ConfigError, check, load_config, resolve
 from framework.engine.experiment import Experiment
 from framework.engine.init_from import Inheritance, InitFrom
+from framework.generators.image_generator import ImageGenerator
 from framework.nn.transformer import SelfAttention, Transformer
 from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def test_a_draw_of_lengths_fits_the_encoder(name: str, tmp_path: Path, monkeypat
     model = runs.experiment_from(prepared(name, tmp_path, monkeypatch), device="meta").task.model
     if isinstance(model, ImageSpace):
         return  # an autoencoder draws none
-    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model
+    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer | ImageGenerator) else model
     assert isinstance(tokenizer, Tokenizer)
     lengths = tokenizer.draw_lengths(64, 0.5, torch.Generator().manual_seed(0))
     assert 1 <= lengths.min() and lengths.max() <= tokenizer.num_tokens

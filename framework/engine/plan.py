@@ -16,6 +16,7 @@ from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.engine.experiment import Experiment
 from framework.engine.trainer import make_turns
 from framework.engine.training import Training
+from framework.generators.image_generator import ImageGenerator
 from framework.nn.lora import LowRankHeads
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ def plan(experiment: Experiment) -> str:
     rows.append(count_parameters("of which adapters", adapters))
     rows.append(count_parameters("total", experiment.task))
     lines = ["parameters" + _table(("part", "trainable", "frozen", "total"), _parameter_rows(rows))]
-    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer) else model
+    tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer | ImageGenerator) else model
     if isinstance(tokenizer, Tokenizer):
         counted = count_operations(tokenizer)
         lines.append(
