@@ -266,7 +266,7 @@ class _Call:
         if beginning := [at for at, request in enumerate(every) if request.tokens == 0]:
             x[beginning] = self._starts(numbers[beginning], [at >= len(rows) for at in beginning])
         x = x if model.positions is None else x + model.positions[positions]
-        rotation = None if model.rotation is None else model.rotation[positions][:, None, None]
+        rotation = None if model.rotation is None else model.rotation[positions][:, None]
         parts = [(engine.conditional, rows), (engine.unconditional, without)]
         steps = [Step(cache, [self._position(request) for request in some]) for cache, some in parts if some]
         states = engine.transformer(x[:, None], rotation, attend_in(steps, model.size.depth))[:, 0]

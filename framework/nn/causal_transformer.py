@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +27,7 @@ class FloatRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x.float(), x.shape[-1:], eps=1e-5) * self.weight).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5).to(x.dtype)
 
 
 class CausalBlock(nn.Module):
@@ -67,17 +66,18 @@ class CausalBlock(nn.Module):
         """States ``(b, n, d)`` -> states.
 
         Args:
-            rotation: for ``rotate_pairs``, broadcastable to ``(b, h, n, c / 2, 2)``; ``None`` turns nothing.
+            rotation: for ``rotate_pairs``, ``(n, c / 2, 2)`` or ``(b, n, c / 2, 2)``; ``None`` turns nothing.
             attend: how positions see each other; one that keeps the past makes this a step of decoding.
         """
-        query, key, value = rearrange(
-            self.qkv(self.norm1(x)), "b n (three h c) -> three b h n c", three=3, h=self.num_heads
-        )
+        # Few and large operations: decoding a small model takes as long as they are many.
+        queries_keys, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=2)
         if self.qk_norm:
-            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+            queries_keys = F.rms_norm(queries_keys, queries_keys.shape[-1:])
         if rotation is not None:
-            query, key = rotate_pairs(query, rotation), rotate_pairs(key, rotation)
-        x = x + self.out(rearrange(attend(query, key, value), "b h n c -> b n (h c)"))
+            queries_keys = rotate_pairs(queries_keys, rotation[..., None, None, :, :])
+        query, key = queries_keys.transpose(1, 3).unbind(2)
+        mixed = attend(query, key, value.squeeze(2).transpose(1, 2))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
         gate, linear = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * linear)
 
