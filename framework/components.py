@@ -19,6 +19,7 @@ import framework.engine.schedules
 import framework.engine.trackers
 import framework.evaluation.distribution_features
 import framework.generators.autoregressive
+import framework.generators.continuous_ar
 import framework.generators.diffusion_objectives
 import framework.generators.dit
 import framework.generators.masked

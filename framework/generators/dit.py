@@ -98,11 +98,7 @@ class DiT(Generator):
         self.batch_size = batch_size
         self.objective = Velocity() if objective is None else objective
         self.sampler = sampler or (Euler() if isinstance(self.objective, Velocity) else DDIM())
-        if not isinstance(self.objective, self.sampler.objective):
-            raise ValueError(
-                f"{type(self.sampler).__name__} samples what {self.sampler.objective.__name__} has trained, and the "
-                f"objective is {type(self.objective).__name__}"
-            )
+        self.sampler.check(self.objective)
         width, depth, num_heads = size_of(SIZES, size, width, depth, num_heads)
         kinds = set(positions or ["learned"])
         self.embed = nn.Linear(space.dim, width)

@@ -40,6 +40,18 @@ class Sampler(ABC):
     def sample(self, predict: Predict, noise: Noise, objective: DiffusionObjective) -> Tensor:
         """Clean tokens ``(b, n, d)``."""
 
+    def check(self, objective: DiffusionObjective) -> None:
+        """Refuse another objective than its own.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if not isinstance(objective, self.objective):
+            raise ValueError(
+                f"{type(self).__name__} samples what {self.objective.__name__} has trained, and the objective is "
+                f"{type(objective).__name__}"
+            )
+
 
 SAMPLERS = Registry("sampler", Sampler)
 

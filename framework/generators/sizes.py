@@ -20,13 +20,10 @@ def size_of(
     """A named size, with those numbers in its place that are given.
 
     Raises:
-        ValueError: if one is neither given nor named, or heads do not divide the width.
+        ValueError: if one is neither given nor named.
     """
     start = named[size] if size else Size(0, 0, 0)
     chosen = Size(*(own or given for own, given in zip((width, depth, num_heads), start, strict=True)))
-    if min(chosen) < 1 or chosen.width % chosen.num_heads:
-        raise ValueError(
-            f"without a size, a transformer needs width, depth and num_heads, and heads that divide the width; got "
-            f"{chosen}"
-        )
+    if min(chosen) < 1:
+        raise ValueError(f"without a size, a model needs width, depth and num_heads, at least 1 each; got {chosen}")
     return chosen

@@ -126,7 +126,7 @@ def test_it_learns_where_tokens_are() -> None:
     tokens = Tokens(places[labels] + 0.1 * torch.randn(32, 4, 2), lengths)
     generator.scale.learn(TokenStatistics.of(tokens.latents, tokens.mask))
     draws = torch.Generator().manual_seed(0)
-    for _ in range(120):
+    for _ in range(80):
         optimizer.zero_grad()
         generator.loss(tokens, labels, draws).losses["velocity"].backward()
         optimizer.step()
@@ -212,7 +212,7 @@ def test_sizes_are_dit_s() -> None:
         ({"sampler": Euler(), "objective": DDPM()}, "Euler samples what Velocity has trained"),
         ({"sampler": DDIM(), "objective": None}, "DDIM samples what DDPM has trained"),
         ({"guided_channels": 4}, "guided_channels are from 1 to 3"),
-        ({"width": 30}, "heads that divide"),
+        ({"width": 30}, "multiple of num_heads"),
         ({"size": None, "width": None}, "needs width"),
         ({"prior_strength": 0.0}, "strength"),
         ({"shrinkage": -1.0}, "shrinkage"),
