@@ -140,6 +140,8 @@ class _Call:
         self.scales = [guidance.scale_at(tokens / longest) for tokens in range(longest)]
         guided_at = [tokens for tokens, scale in enumerate(self.scales) if scale != 1]
         self.guided_from, self.guided_to = (guided_at[0], guided_at[-1]) if guided_at else (longest, -1)
+        if self.guided_from == 1:  # of schedules that rise from 1: to catch up would be a pass more
+            self.guided_from = 0
         self.code_keys, self.stop_keys, length_keys = (
             hashed(purpose_key(seed, purpose), sample_ids) for purpose in ("code", "stop", "length")
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from framework.engine.acceleration import recompute_blocks
 from framework.generators.autoregressive import SIZES, LlamaGenAR
 from framework.generators.decode_engine import DecodeEngine, Policy
 from framework.generators.guidance import Guidance, guided
@@ -305,6 +306,12 @@ def test_learns_codes_and_lengths_of_classes(mode: str) -> None:
     made = generator.generate(labels, seed=0, sample_ids=torch.arange(5), guidance=Guidance(1.5))
     assert torch.equal(made.lengths, lengths)
     assert made.codes is not None and torch.equal(made.codes[made.mask], codes[:, :12][made.mask])
+
+
+def test_memory_can_be_saved_in_training() -> None:
+    generator = generator_of()
+    recompute_blocks(generator)
+    assert generator.transformer.recompute
 
 
 # Sizes and refusals

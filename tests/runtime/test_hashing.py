@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from framework.runtime.hashing import uniforms
+from framework.runtime.hashing import hashed, purpose_key, uniforms, unit_of
 
 
 def test_numbers_belong_to_their_address_and_not_to_the_call() -> None:
@@ -25,3 +26,25 @@ def test_uniform_and_uncorrelated() -> None:
     assert ((counts - 2000) ** 2 / 2000).sum() < 90  # chi-square, 49 degrees of freedom: 99.97%
     for other in (uniforms(0, "flip", 1, range(100_000)), uniforms(1, "flip", 0, range(100_000)), np.roll(numbers, 1)):
         assert abs(np.corrcoef(numbers, other)[0, 1]) < 0.015
+
+
+def test_torchs_form_is_splitmix() -> None:
+    """Written out in Python's whole numbers, on which nothing wraps around by itself."""
+    keys = [purpose_key(3, "code"), -5, 2**62]
+    numbers = torch.tensor([0, 1, 17, 2**40])
+    for key in keys:
+        for number, found in zip(numbers.tolist(), hashed(torch.tensor(key), numbers).tolist(), strict=True):
+            bits = (number * 0x9E3779B97F4A7C15 + key) % 2**64
+            bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+            bits ^= bits >> 31
+            assert found % 2**64 == bits
+            assert unit_of(torch.tensor(found)).item() == (bits >> 11) * 2.0**-53
+
+
+def test_keys_of_keys_are_independent() -> None:
+    keys = hashed(purpose_key(0, "code"), torch.arange(2000))
+    numbers = unit_of(hashed(keys[:, None], torch.arange(50)))
+    assert abs(float(numbers.mean()) - 0.5) < 0.005 and len(numbers.unique()) == numbers.numel()
+    assert float(torch.corrcoef(numbers.T).fill_diagonal_(0).abs().max()) < 0.11
+    assert purpose_key(0, "code") != purpose_key(1, "code") != purpose_key(0, "stop")
