@@ -53,7 +53,8 @@ class DiT(Generator):
         shrinkage: of the scale of latents, see ``LatentScale``.
         label_dropout: share of training sequences without class, for guidance.
         mixed_lengths: how a training batch of several lengths is computed: in ``groups`` of equal length, or at once
-            with a mask over ``key_padding``. Gradients are equal.
+            with a mask over ``key_padding``. Gradients are equal, and groups take half the time where there are few
+            lengths, and no more where there are sixteen; only very small models wait for their many operations.
         guided_channels: so many of a token's first channels are guided; null for all. Official weights guide three of
             four latent channels.
         batch_size: sequences of the longest length at a time when generating; of shorter ones, as many tokens.
@@ -79,7 +80,7 @@ class DiT(Generator):
         prior_strength: float = 50.0,
         shrinkage: float = 16.0,
         label_dropout: float = 0.1,
-        mixed_lengths: Literal["groups", "key_padding"] = "key_padding",
+        mixed_lengths: Literal["groups", "key_padding"] = "groups",
         guided_channels: int | None = None,
         batch_size: int = 64,
         *,
