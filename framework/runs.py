@@ -227,10 +227,9 @@ def compare(
     _use_threads(first)
     tasks = {str(folder): experiment.task for folder, experiment in experiments.items()}
     histories = {str(folder): read_lines(folder / METRICS, "step") for folder in folders}
-    train = first.data.train if first.evaluation.pca else None
     with torch.no_grad(), Stages() as progress:
         measures = first.evaluation.to(first.run.torch_device())
-        wanted = Report(getattr(first.data, split), train, out, {}, measures, limit, progress, histories)
+        wanted = Report(getattr(first.data, split), first.data.train, out, {}, measures, limit, progress, histories)
         type(first.task).compare(tasks, wanted)
     say((out / "comparison.md").read_text().strip())
     say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
@@ -269,9 +268,8 @@ def _evaluate(
     with torch.no_grad(), Stages() as progress:
         histories = {str(folder): read_lines(folder / METRICS, "step")}
         measures = experiment.evaluation.to(experiment.run.torch_device())
-        train = data.train if measures.pca else None
-        wanted = Report(getattr(data, split), train, out, record, measures, limit, progress, histories)
-        task.report(wanted)
+        held_out, cache = getattr(data, split), experiment.run.cache
+        task.report(Report(held_out, data.train, out, record, measures, limit, progress, histories, cache))
     _say_results(out, say)
 
 

@@ -218,6 +218,18 @@ def judge_images(
     }
 
 
+def judge_columns(numbers: Mapping[str, Any]) -> dict[str, str]:
+    """Of one of ``sets``, by heading."""
+    low, high = numbers["accuracy_interval"]
+    return {
+        "accuracy": f"{numbers['accuracy']:.1%}",
+        "95% interval": f"{low:.1%} to {high:.1%}",
+        "fd_digit_judge": f"{numbers['fd_digit_judge']:.4g}",
+        "diversity": "none" if numbers["diversity"] is None else f"{numbers['diversity']:.3f}",
+        "nearest training image, RMS": f"{numbers['nearest']['0.5']:.3f}",
+    }
+
+
 def diversity(features: Tensor, labels: Tensor, reference: Tensor, classes: Tensor) -> float | None:
     """Spread within classes as a share of the reference's, see ``DEFINITIONS``; ``None`` without a class of two."""
     shares = []

@@ -31,6 +31,8 @@ class Evaluation:
             ``{fid: VIRTUAL_imagenet256_labeled.npz}``.
         thresholds: squared errors at which the quality pass rate is reported.
         codec_images: of so many images JPEG and WebP are measured at the size of discrete tokens; 0 leaves them out.
+        judge_images: a small classifier judges generated images, see ``digit_judge``, beside so many of training; 0
+            leaves it out, as should be where images are large.
 
     Raises:
         ValueError: if two networks give the same metric, a reference is of none of them, or a number is out of range.
@@ -45,6 +47,7 @@ class Evaluation:
         references: dict[str, str] | None = None,
         thresholds: tuple[float, ...] = THRESHOLDS,
         codec_images: int = 128,
+        judge_images: int = 10_000,
     ) -> None:
         self.lengths = lengths
         self.pca = pca
@@ -53,15 +56,16 @@ class Evaluation:
         self.references = {metric: Path(path) for metric, path in (references or {}).items()}
         self.thresholds = thresholds
         self.codec_images = codec_images
+        self.judge_images = judge_images
         if len(self.features) < len(features or ()):
             raise ValueError(f"two of evaluation.features give one metric; there are {', '.join(self.features)}")
         if others := self.references.keys() - self.features.keys():
             known = ", ".join(self.features) or "none: set evaluation.features"
             raise ValueError(f"evaluation.references has {min(others)!r}, and the metrics of features are {known}")
-        if not thresholds or min(thresholds) <= 0 or codec_images < 0:
+        if not thresholds or min(thresholds) <= 0 or min(codec_images, judge_images) < 0:
             raise ValueError(
-                f"evaluation.thresholds are one or more squared errors above 0, and codec_images is not below 0; got "
-                f"{thresholds} and {codec_images}"
+                f"evaluation.thresholds are one or more squared errors above 0, and codec_images and judge_images are "
+                f"not below 0; got {thresholds}, {codec_images} and {judge_images}"
             )
 
     def to(self: Measures, device: torch.device) -> Measures:

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from framework.data.interface import Batch
+from framework.evaluation.generated_images import ImageSet, RealImages, compare_with_real, comparison_texts
 from framework.evaluation.plots import COLOURS, DOTS_PER_INCH, style_axes, write_figure, write_rows
+from framework.evaluation.systems import system_facts
 from framework.evaluation.tables import markdown
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
@@ -100,11 +105,13 @@ def evaluate_generator(
     folder: Path,
     protocol: Mapping[str, object],
     progress: Progress | None = None,
+    real: RealImages | None = None,
 ) -> dict[str, object]:
     """Draw samples without guidance and with, and leave the results in a folder.
 
     Writes ``metrics.json``, ``table.md``, ``positions.png`` if there are losses of positions, and ``samples.png``, of
-    the samples with guidance.
+    the samples with guidance. Lengths are those of all samples; images are compared in sets of equal size, as many as
+    there are of samples and of held-out images.
 
     Args:
         model: in eval mode.
@@ -113,13 +120,15 @@ def evaluate_generator(
         num_samples: with either.
         folder: created if needed.
         protocol: which weights and images these are.
-        progress: told how far sampling is.
+        progress: told how far it is.
+        real: what images are compared with, unless they are not.
 
     Returns:
         The contents of ``metrics.json``.
     """
     labels = torch.arange(num_samples) % model.num_classes
     drawn: dict[str, object] = {}
+    generated: dict[str, ImageSet] = {}
     rows = [["", "mean length", "std", "KL of lengths"]]
     shuffled = torch.randperm(len(held_out.lengths), generator=torch.Generator().manual_seed(0))
     halves = held_out.lengths[shuffled].chunk(2)
@@ -132,17 +141,28 @@ def evaluate_generator(
         counts = {str(budget): int((tokens.lengths == budget).sum()) for budget in model.budgets}
         drawn[name] = {"guidance": vars(chosen), "length_kl": kl, "lengths": counts}
         rows.append([name, *_moments(tokens.lengths.cpu()), f"{kl:.4f}"])
+        generated[name] = partial(_pictures, model, labels, tokens, min(num_samples, len(held_out.lengths)))
     means, positions = held_out.means(), held_out.by_position()
-    metrics: dict[str, object] = {
+    metrics: dict[str, Any] = {
         "protocol": {**protocol, "images": len(held_out.lengths), "samples": num_samples, "definitions": DEFINITIONS},
         "held_out": means,
         "by_position": positions,
         "floor": floor,
         "samples": drawn,
+        "system": system_facts(model.tokenizer)
+        | {
+            "generator": type(model.generator).__name__,
+            "generator_parameters": sum(parameter.numel() for parameter in model.generator.parameters()),
+        },
+        "distributions": {},
     }
+    if real is not None:
+        count = min(num_samples, len(held_out.lengths))
+        metrics |= compare_with_real(generated, real, count, progress or (lambda stage, done, total: None))
     table = markdown([list(means), [f"{value:.4g}" for value in means.values()]], 0)
+    texts = [table, markdown(rows, 1), f"{DEFINITIONS['length_kl']}.\n", *comparison_texts(metrics)]
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1, default=str))
-    write_text(folder / "table.md", f"{table}\n{markdown(rows, 1)}\n{DEFINITIONS['length_kl']}.\n")
+    write_text(folder / "table.md", "\n".join(texts))
     if any(value is not None for value in positions):
         _plot_positions(positions, folder / "positions.png")
     _draw_samples(model, labels, tokens, folder / "samples.png")
@@ -156,6 +176,12 @@ def _sampled(model: ImageGenerator, labels: Tensor, guidance: Guidance, progress
         if progress is not None:
             progress(f"samples at guidance {guidance.scale:g}", int(numbers[-1]) + 1, len(labels))
     return Tokens.join(parts)
+
+
+def _pictures(model: ImageGenerator, labels: Tensor, tokens: Tokens, count: int) -> Iterator[Batch]:
+    for rows in torch.arange(count).split(AT_ONCE):
+        names = [str(row) for row in rows.tolist()]
+        yield Batch(model.decode(tokens.select(rows.to(tokens.lengths.device))).cpu(), names, names, labels[rows])
 
 
 def _moments(lengths: Tensor) -> list[str]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from framework.evaluation.generated_images import generated_heading
 from framework.evaluation.reconstruction_distances import heading
 from framework.evaluation.tables import Places, columns_text, latex, markdown
 from framework.runtime.files import write_text
 
 LAYOUTS = {"2d": "2D tokenizers", "1d": "1D tokenizers"}
+NO_GENERATOR = "-"
+JUDGE = generated_heading("fd_digit_judge")
 SHARED = ("data", "images", "of", "broken", "image_size")
 """Of the protocols, what must be equal."""
 COLUMNS: dict[str, tuple[Callable[[float], str], Callable[[Sequence[float]], float] | None]] = {
@@ -40,19 +43,23 @@ class System:
         name: of the run, and of the length if it is one of several.
         layout: ``1d`` or ``2d``.
         elastic: whether it is trained to be read at several lengths.
-        numbers: by column, where they were measured; Frechet distances by their metric.
+        numbers: by column, where they were measured; Frechet distances by their metric, and those of generated images
+            by ``generated_heading``.
+        generator: its class and size, of a run that has trained one.
     """
 
     name: str
     layout: str
     elastic: bool
     numbers: Mapping[str, float]
+    generator: str = NO_GENERATOR
 
 
 def write_system_table(evaluations: Mapping[str, Path], out: Path, lengths: Sequence[int] = ()) -> str:
     """Write the table of evaluations, each by its run's name and a ``metrics.json``; returns it as Markdown.
 
-    A tokenizer stands at all of its tokens, a policy at its own lengths.
+    A tokenizer stands at all of its tokens, a policy at its own lengths; a generator on its tokenizer at the lengths of
+    its samples with guidance, with how these compare with real images.
 
     Args:
         evaluations: in the order of the rows.
@@ -70,12 +77,14 @@ def write_system_table(evaluations: Mapping[str, Path], out: Path, lengths: Sequ
     protocol = _shared_protocol(found)
     systems = [system for name, metrics in found.items() for system in _systems(name, metrics, lengths)]
     systems.sort(key=lambda system: list(LAYOUTS).index(system.layout))
-    metrics = list(dict.fromkeys(metric for each in found.values() for metric in each["distributions"]))
+    metrics = [*dict.fromkeys(metric for each in found.values() for metric in _distances(each))]
     (rows, bold), text = _rows(systems, metrics), _scope(protocol, metrics)
     table = f"{markdown(rows, num_words=2, bold=bold)}\n{text}"
     if out.suffix == ".csv":
         columns: dict[str, Sequence[object]] = {"Tokenizer": [system.name for system in systems]}
         columns["Elastic"] = [system.elastic for system in systems]
+        if any(system.generator != NO_GENERATOR for system in systems):
+            columns["Generator"] = [system.generator for system in systems]
         columns |= {name: [system.numbers.get(name, "") for system in systems] for name in (*COLUMNS, *metrics)}
         write_text(out, columns_text(columns))
     else:
@@ -94,12 +103,24 @@ def _read(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _protocol(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    (protocol,) = [metrics[name]["protocol"] for name in ("rate_distortion", "allocation") if name in metrics]
-    kept = {key: protocol[key] for key in SHARED}
+def _distances(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How each Frechet distance was measured, by its column."""
+    found = {}
     for metric, measured in metrics["distributions"].items():
-        kept[metric] = {key: measured["protocol"][key] for key in ("reference", "features", "uint8")}
-    return kept
+        found[metric] = {key: measured["protocol"][key] for key in ("reference", "features", "uint8")}
+    if not _is_generator(metrics):
+        return found
+    judge = {} if "judge" not in metrics else {JUDGE: metrics["judge"]["protocol"]}
+    return {generated_heading(metric): each for metric, each in found.items()} | judge
+
+
+def _is_generator(metrics: Mapping[str, Any]) -> bool:
+    return "generator" in metrics["system"]
+
+
+def _protocol(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    owners = [metrics, *(metrics[name] for name in ("rate_distortion", "allocation") if name in metrics)]
+    return {key: owners[-1]["protocol"][key] for key in SHARED} | _distances(metrics)
 
 
 def _shared_protocol(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,6 +145,15 @@ def _systems(name: str, metrics: Mapping[str, Any], lengths: Sequence[int]) -> l
         known = {column: number for column, number in {**same, **numbers}.items() if number is not None}
         return System(name + suffix, facts["layout"], facts["elastic"], known)
 
+    if _is_generator(metrics):
+        chosen, drawn = list(metrics["samples"].items())[-1]
+        count = sum(drawn["lengths"].values())
+        numbers = {"#Tokens": sum(int(length) * number for length, number in drawn["lengths"].items()) / count}
+        numbers |= {generated_heading(metric): each["sets"][chosen][metric] for metric, each in sets.items()}
+        if "judge" in metrics:
+            numbers[JUDGE] = metrics["judge"]["sets"][chosen]["fd_digit_judge"]
+        size = f"{facts['generator']}, {facts['generator_parameters'] / 1e6:.3g}M"
+        return [replace(system("", numbers), generator=size)]
     if "allocation" in metrics:
         own = metrics["systems"]["adaptive"]
         distances = {metric: found["own_lengths"]["policy"][metric] for metric, found in sets.items()}
@@ -150,23 +180,31 @@ def _rows(systems: Sequence[System], metrics: Sequence[str]) -> tuple[list[list[
         if choose is not None and sum(column in system.numbers for system in systems) > 1
     }
     titles = [heading(column) if column in metrics else column for column in forms]
-    rows, bold, layout = [["Tokenizer", "Elastic", *titles]], set(), ""
+    heads = ["Tokenizer", "Elastic"]
+    if any(system.generator != NO_GENERATOR for system in systems):
+        heads.append("Generator")
+    rows, bold, layout = [[*heads, *titles]], set(), ""
     for system in systems:
         if system.layout != layout:
             layout = system.layout
-            rows.append([LAYOUTS[layout], *[""] * (1 + len(forms))])
-        for place, column in enumerate(forms, 2):
+            rows.append([LAYOUTS[layout], *[""] * (len(heads) - 1 + len(forms))])
+        for place, column in enumerate(forms, len(heads)):
             if column in best and system.numbers.get(column) == best[column]:
                 bold.add((len(rows), place))
         numbers = system.numbers
         texts = (write(numbers[column]) if column in numbers else "-" for column, (write, _) in forms.items())
-        rows.append([system.name, "yes" if system.elastic else "no", *texts])
+        own = [system.name, "yes" if system.elastic else "no", system.generator]
+        rows.append([*own[: len(heads)], *texts])
     return rows, bold
 
 
 def _scope(protocol: Mapping[str, Any], metrics: Sequence[str]) -> str:
     texts = [f"{protocol['images']:,} images of {protocol['image_size']}x{protocol['image_size']}: {protocol['data']}."]
     for metric in metrics:
+        if metric == JUDGE:
+            compared = protocol[metric]["compared_with"]
+            texts.append(f"{JUDGE}: in a small classifier's features, against {compared['images']:,} training images.")
+            continue
         against, network = protocol[metric]["reference"], protocol[metric]["features"]
         texts.append(
             f"{heading(metric)}: against {against}, in {network['network']}, {network['resize']}, weights "

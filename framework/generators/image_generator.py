@@ -78,6 +78,7 @@ class ImageGenerator(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, batch_size: int = 64) -> Tensor:
-        """Tokens to images ``(b, 3, h, w)`` in [0, 1], so many at a time."""
-        parts = torch.arange(len(tokens), device=tokens.lengths.device).split(batch_size)
-        return torch.cat([self.tokenizer.decode(tokens.select(rows)) for rows in parts])
+        """Tokens to images ``(b, 3, h, w)`` in [0, 1], so many of similar lengths at a time."""
+        order = tokens.lengths.argsort(stable=True)
+        images = [self.tokenizer.decode(tokens.select(rows)) for rows in order.split(batch_size)]
+        return torch.cat(images)[order.argsort()]

@@ -14,7 +14,7 @@ from framework import runs
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
-from framework.evaluation.digit_judge import DigitJudge, judge_images
+from framework.evaluation.digit_judge import DigitJudge, judge_columns, judge_images
 from framework.evaluation.rate_distortion import default_lengths
 from framework.evaluation.tables import markdown
 from framework.launch.probing import trained_model
@@ -79,13 +79,8 @@ def _rebuilt(
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    rows = [["", "accuracy", "95% interval", "fd_digit_judge", "diversity", "nearest training image, RMS"]]
-    for name, numbers in found["sets"].items():
-        low, high = numbers["accuracy_interval"]
-        diversity = "none" if numbers["diversity"] is None else f"{numbers['diversity']:.3f}"
-        distance, nearest = numbers["fd_digit_judge"], numbers["nearest"]["0.5"]
-        accuracy, interval = f"{numbers['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
-        rows.append([name, accuracy, interval, f"{distance:.4g}", diversity, f"{nearest:.3f}"])
+    columns = {name: judge_columns(numbers) for name, numbers in found["sets"].items()}
+    rows = [["", *columns[HELD_OUT]], *([name, *values.values()] for name, values in columns.items())]
     images, data = found["sets"][HELD_OUT]["images"], found["protocol"]["data"]
     return (
         f"{markdown(rows, num_words=1)}\n{images} images, {data}; the judge has seen only training images. "

@@ -76,13 +76,14 @@ class Report:
 
     Args:
         data: held-out images.
-        train_data: for baselines that must be fitted; ``None`` for none.
+        train_data: what was trained on; ``None`` leaves out what compares with it.
         folder: where everything goes.
         record: which weights these are (run, step, averaged or not, seed); goes into each protocol.
         measures: what to measure, on the task's device.
         limit: measure a fixed random subset of so many images.
         progress: told the name of a stage, how much of it is done, and how much there is.
         histories: the lines of the ``metrics.jsonl`` of each run that is asked about, by the run's name.
+        cache: folder for what several runs may share; ``None`` leaves out what needs it.
     """
 
     data: ImageData
@@ -93,6 +94,12 @@ class Report:
     limit: int | None = None
     progress: Callable[[str, int, int], None] | None = None
     histories: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    cache: Path | None = None
+
+    @property
+    def baseline_data(self) -> ImageData | None:
+        """What principal components are fitted to, if they are asked for."""
+        return self.train_data if self.measures.pca else None
 
 
 class Task(nn.Module, ABC):

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.config.registry import Factory
 from framework.data.cached_tokens import CachedTokens
 from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
+from framework.evaluation.generated_images import RealImages
 from framework.evaluation.generator_report import HeldOut, evaluate_generator
 from framework.evaluation.labels import labels_of
 from framework.evaluation.token_coding import encode_images
@@ -148,7 +150,7 @@ class TrainGenerator(Task):
         return self._held_out(batches).means()
 
     def report(self, wanted: Report) -> None:
-        """Losses by position, lengths beside the data's, and samples of every class."""
+        """Losses by position, lengths beside the data's, samples of every class, and how these compare with images."""
         if wanted.measures.lengths is not None or wanted.measures.distances:
             raise ValueError(
                 "a generator chooses its own lengths and has no original to compare with: leave out --lengths, "
@@ -156,8 +158,14 @@ class TrainGenerator(Task):
             )
         batches = Sequential(wanted.data, 64, wanted.limit)
         held_out = self._held_out(batches)
-        protocol = {**wanted.record, "data": wanted.data.protocol(), **batches.record()}
-        evaluate_generator(self.images, held_out, self.guidance, self.samples, wanted.folder, protocol, wanted.progress)
+        about = {"data": wanted.data.protocol(), "of": len(wanted.data), "image_size": wanted.data.image_size}
+        protocol = {**wanted.record, **about, **batches.record()}
+        real = None
+        if wanted.train_data is not None:
+            real = RealImages(wanted.data, wanted.train_data, self._rebuilt, wanted.measures, wanted.cache)
+        evaluate_generator(
+            self.images, held_out, self.guidance, self.samples, wanted.folder, protocol, wanted.progress, real
+        )
 
     @torch.no_grad()
     def _held_out(self, batches: Iterable[Batch]) -> HeldOut:
@@ -177,6 +185,11 @@ class TrainGenerator(Task):
         coder, images = self.coder, batch.images
         tokens = coder.allocate(images, batch.keys)[0] if isinstance(coder, AdaptiveTokenizer) else coder.encode(images)
         return tokens.truncate(int(tokens.lengths.max()))
+
+    @torch.no_grad()
+    def _rebuilt(self, batch: Batch) -> Tensor:
+        device = next(self.generator.parameters()).device
+        return self.images.decode(self._encoded(batch.to(device)))
 
     def _check_labels(self, batch: Batch, data: object) -> None:
         self.generator.space.check_labels(labels_of(batch, data))
