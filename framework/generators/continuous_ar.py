@@ -145,7 +145,7 @@ class ContinuousAR(Generator):
         if lengths is None:
             lengths = self.prior.draw(labels, seed, sample_ids)
         keys = hashed(purpose_key(seed, "noise"), sample_ids)
-        latents = self.scale.mean.new_zeros(len(labels), self.space.longest, self.space.dim)
+        latents = torch.zeros(len(labels), self.space.longest, self.space.dim, device=labels.device)
         for length, rows in equal_lengths(lengths, self.batch_size * self.space.longest):
             made = self._decode(labels[rows], lengths[rows], keys[rows], guidance)
             latents[rows, :length] = self.scale.denormalise(made)
@@ -161,7 +161,7 @@ class ContinuousAR(Generator):
         every, both = torch.cat([labels, torch.full_like(labels, self.space.num_classes)]), lengths.repeat(2)
         width, depth, heads = self.size
         cache = KeyValueCache((depth, 2 * count, heads, length, width // heads), keys.device, self.embed.weight.dtype)
-        latents = self.scale.mean.new_zeros(2 * count, length, self.space.dim)
+        latents = torch.zeros(2 * count, length, self.space.dim, device=labels.device)
         reached = 0  # positions that rows without class have in the cache
         for place in range(length):
             scale, so_far = guidance.scale_at(place / self.space.longest), latents[:, :place]

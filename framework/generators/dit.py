@@ -201,7 +201,7 @@ class DiT(Generator):
         if lengths is None:
             lengths = self.prior.draw(labels, seed, sample_ids)
         keys = hashed(purpose_key(seed, "noise"), sample_ids)
-        latents = self.scale.mean.new_zeros(len(labels), self.space.longest, self.space.dim)
+        latents = torch.zeros(len(labels), self.space.longest, self.space.dim, device=labels.device)
         for length, rows in equal_lengths(lengths, self.batch_size * self.space.longest):
             noise = partial(self._noise, keys[rows], length)
             predict = partial(self._predict, labels[rows], lengths[rows], guidance)

@@ -133,10 +133,12 @@ class MaskGIT(Generator):
         order[kept] = torch.rand(int(kept.sum()), generator=generator).to(device)
         share = draws[1].acos() * 2 / pi
         hidden = _smallest(order, (share * lengths).round().long().clamp(min=1))
-        codes = tokens.codes.masked_fill(~kept, 0)
-        targets, count = codes[hidden], hidden.sum()
-        states = self.states(codes.masked_fill(hidden, len(self.code_embedding) - 1), labels, lengths)
-        logits = self.head(states[hidden]).float()
+        shown, parts = tokens.codes.masked_fill(hidden, len(self.code_embedding) - 1), []
+        for length, rows in equal_lengths(lengths, kept.numel()):
+            asked, states = hidden[rows, :length], self.states(shown[rows, :length], labels[rows], lengths[rows])
+            parts.append((states[asked], tokens.codes[rows, :length][asked]))
+        states, targets = (torch.cat(values) for values in zip(*parts, strict=True))
+        logits, count = self.head(states).float(), hidden.sum()
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing) / count
         with torch.no_grad():
             right = (logits.argmax(1) == targets).float()

@@ -184,6 +184,22 @@ def test_outside_the_interval_no_row_without_class_is_computed() -> None:
     assert (without.latents - inside.latents).abs().max() > 1e-2
 
 
+def test_bfloat16_is_near_float32() -> None:
+    """As autocast, with and without a mask, and as weights."""
+    generator = generator_of(mixed_lengths="key_padding")
+    tokens, labels = sequences()
+    given: dict[str, Any] = {"seed": 1, "sample_ids": IDS, "guidance": Guidance(2.0)}
+    loss, made = generator.loss(tokens, labels, torch.Generator().manual_seed(0)), generator.generate(LABELS, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = generator.loss(tokens, labels, torch.Generator().manual_seed(0))
+        near = generator.generate(LABELS, **given)
+    torch.testing.assert_close(other.losses["velocity"], loss.losses["velocity"], rtol=0.02, atol=0)
+    nearer = generator.bfloat16().generate(LABELS, **given)
+    for each in (near, nearer):
+        assert each.latents.dtype == torch.float32
+        assert 1e-6 < float((each.latents - made.latents).abs().mean() / made.latents.abs().mean()) < 0.05
+
+
 def test_all_channels_are_guided_unless_fewer_are_asked_for() -> None:
     generator = generator_of()
     x, time = torch.randn(2, 4, 3), torch.tensor([0.3])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from framework.generators.guidance import Guidance
 from framework.generators.interface import TokenSpace
+from framework.generators.length_prior import equal_lengths
 from framework.generators.masked import MaskGIT
 from framework.generators.sampling import Sampling
 from framework.nn.transformer import BlockOptions
@@ -50,6 +51,15 @@ class Watched:
 
         monkeypatch.setattr(generator, "states", watched)
 
+    def hidden(self, lengths: Tensor) -> Tensor:
+        """Where codes were hidden in a training batch, whose sequences are shown in groups of equal length."""
+        found = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.bool)
+        groups = zip(self.codes, equal_lengths(lengths, found.numel()), strict=False)
+        for codes, (length, rows) in groups:
+            assert codes.shape == (len(rows), length), "none has padding"
+            found[rows, :length] = codes == 40
+        return found
+
 
 # Training
 
@@ -68,8 +78,8 @@ def test_padding_changes_nothing_and_is_never_hidden(monkeypatch: pytest.MonkeyP
         gradients = [p.grad.clone() for p in generator.parameters() if p.grad is not None]
         results.append([loss.losses["code"], loss.count, *gradients])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    hidden = watched.codes[0] == 40
-    assert not hidden[~tokens.mask[:, :12]].any() and hidden.any(1).all()
+    hidden = watched.hidden(tokens.lengths)
+    assert hidden.any(1).all()
     assert int(hidden.sum()) == int(results[0][1])
 
 
@@ -92,7 +102,8 @@ def test_hidden_shares_are_arccosines_of_each_row_s_own_length(monkeypatch: pyte
     lengths = torch.tensor([3, 12])[torch.arange(count) % 2]
     tokens = Tokens(torch.zeros(count, 12, 0), lengths, torch.zeros(count, 12).long())
     generator.loss(tokens, torch.zeros(count).long(), torch.Generator().manual_seed(0))
-    numbers = (watched.codes[0] == 40).sum(1)
+    hidden = watched.hidden(lengths)
+    numbers = hidden.sum(1)
     for length in (3, 12):
         shares = torch.bincount(numbers[lengths == length], minlength=13)[: length + 1] * 2 / count
         # share <= x exactly where u >= cos(pi x / 2); a number m comes from shares within half a token of m.
@@ -100,18 +111,20 @@ def test_hidden_shares_are_arccosines_of_each_row_s_own_length(monkeypatch: pyte
         below = [1 - math.cos(math.pi * edge / 2) for edge in edges]
         expected = torch.tensor([0.0] + [b - a for a, b in zip(below, below[1:], strict=False)])
         torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)
-    places = (watched.codes[0] == 40)[lengths == 12].float().mean(0)
+    places = hidden[lengths == 12].float().mean(0)
     assert float(places.max() - places.min()) < 0.05
 
 
 def test_the_loss_is_smoothed_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one batch with a mask over its padding, which groups of equal length do not have."""
     generator = generator_of()
     watched = Watched(generator, monkeypatch)
     tokens, labels = sequences()
     assert tokens.codes is not None
     loss = generator.loss(tokens, labels, torch.Generator().manual_seed(3))
-    hidden = watched.codes[0] == 40
-    logs = generator(watched.codes[0], labels, tokens.lengths).log_softmax(-1)[hidden]
+    hidden = watched.hidden(tokens.lengths)
+    shown = tokens.codes[:, :12].masked_fill(hidden, 40)
+    logs = generator(shown, labels, tokens.lengths).log_softmax(-1)[hidden]
     own = logs.gather(1, tokens.codes[:, :12][hidden][:, None])[:, 0]
     torch.testing.assert_close(loss.losses["code"], -(0.9 * own + 0.1 * logs.mean(1)).mean())
     torch.testing.assert_close(loss.metrics["nll"], -own.mean())
