@@ -19,7 +19,7 @@ from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.latent_scale import LatentScale
 from framework.generators.masked import MaskGIT
-from tests.tasks.test_train_generator import config_of
+from tests.tiny_run import generator_config
 
 SMALL = {
     "dit": ("scenes/ntm.yaml", 8, ["task.generator.width=16", "task.generator.sampler={name: Euler, steps: 3}"]),
@@ -30,7 +30,7 @@ SMALL = {
 def train(name: str, folder: Path) -> Path:
     """A run of six steps at three lengths, by an untrained policy."""
     base, num_tokens, small = SMALL[name]
-    experiment = runs.experiment_from(config_of(folder, f"projects/adatok/{base}"))
+    experiment = runs.experiment_from(generator_config(folder, f"projects/adatok/{base}"))
     save_file(experiment.task.model.state_dict(), folder / "tokenizer.safetensors")
     budgets = [2, 5, num_tokens]
     policy = f"{{name: LearnedPolicy, width: 8, depth: 1, budgets: {budgets}, frozen: true"
@@ -45,7 +45,7 @@ def train(name: str, folder: Path) -> Path:
         f"task.policy={policy}, weights: {folder / 'policy.safetensors'}}}", "task.generator.depth=1",
         "task.guidance={scale: 2.0}", "train.ema_decay=0.999",
     ]  # fmt: skip
-    runs.train(config_of(folder / "run", f"projects/adatok/{name}.yaml", *own, *small), lambda text: None)
+    runs.train(generator_config(folder / "run", f"projects/adatok/{name}.yaml", *own, *small), lambda text: None)
     return folder
 
 
