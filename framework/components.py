@@ -19,6 +19,11 @@ import framework.engine.schedules
 import framework.engine.trackers
 import framework.evaluation.distribution_features
 import framework.generators.autoregressive
+import framework.generators.continuous_ar
+import framework.generators.diffusion_objectives
+import framework.generators.dit
+import framework.generators.masked
+import framework.generators.samplers
 import framework.losses.discriminators
 import framework.losses.extractors.classifiers
 import framework.losses.extractors.lpips

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import framework.components  # noqa: F401 - law tests run over every registered component
 from framework import runs
@@ -21,7 +22,7 @@ from framework.tasks.train_allocation import TrainAllocation
 from framework.tasks.train_autoencoder import TrainAutoencoder
 from framework.tasks.train_tokenizer import TrainTokenizer
 from tests.test_layering import library_size
-from tests.tiny_run import ROOT, TINY, tiny_policy_config, train_tiny
+from tests.tiny_run import ROOT, TINY, generator_config, tiny_policy_config, train_tiny
 
 torch.set_num_threads(1)
 
@@ -60,6 +61,21 @@ def finished_on_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = [change for change in TINY if "num_crops" not in change]
     runs.train(load_config(ROOT / "projects/adatok/discrete/ntm.yaml", [*sizes, *few, f"run.dir={folder}"]), print)
     return folder
+
+
+@pytest.fixture(scope="session")
+def generator_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished generator on a tokenizer, with a policy that chooses one length; to be read only."""
+    folder = tmp_path_factory.mktemp("generator")
+    tokenizer = runs.experiment_from(generator_config(folder, "projects/adatok/discrete/ntm_mhlora.yaml")).task.model
+    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
+    own = [
+        f"run.cache={folder / 'cache'}", f"tokenizer.weights={folder / 'tokenizer.safetensors'}", "task.samples=40",
+        "task.policy={name: FixedLength, length: 5}", "task.generator.width=32", "task.generator.depth=1",
+        "task.guidance={scale: 2.0, interval: [0.0, 0.5]}",
+    ]  # fmt: skip
+    runs.train(generator_config(folder / "ar", "projects/adatok/ar.yaml", *own), lambda text: None)
+    return folder / "ar"
 
 
 @pytest.fixture

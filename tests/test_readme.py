@@ -35,8 +35,8 @@ COMMANDS = [
     if "python tools/" in line
 ]
 PYTHON = (
-    'load("runs/adatok/ntm")', 'load("runs/adatok/ata")', 'load("runs/adatok/discrete/ata_grpo")', "# my_parts.py",
-    "# my_allocation.py", "fit()",
+    'load("runs/adatok/ntm")', 'load("runs/adatok/ata")', 'load("runs/adatok/discrete/ata_grpo")',
+    'load("runs/adatok/ar")', "# my_parts.py", "# my_allocation.py", "fit()",
 )  # fmt: skip
 FEW_SCENES = [f"data.{split}.num_images=40" for split in ("train", "validation", "test")]
 
@@ -69,8 +69,8 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_is_accounted_for() -> None:
     python = [text for language, text in BLOCKS if language == "python"]
     assert python == [python_block(holding=words) for words in PYTHON]
-    tools = {"train_net", "evaluate", "report", "ablate", "info", "make_shards", "benchmark", "tokens", "convert"}
-    assert {arguments_of(command)[0] for command in COMMANDS} == tools
+    tools = {"evaluate", "report", "generate", "ablate", "info", "make_shards", "benchmark", "tokens", "convert"}
+    assert {arguments_of(command)[0] for command in COMMANDS} == tools | {"train_net"}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "train_net.py" in command])
@@ -94,6 +94,7 @@ def test_other_commands_work(
     finished_on_scenes: Path,
     elsewhere: Path,
     quick_report: None,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -103,6 +104,8 @@ def test_other_commands_work(
     labelled = "--probe" in command or "--judge" in command
     shutil.copytree(finished_on_scenes if labelled else tiny_run, "runs/adatok/discrete/ntm")
     shutil.copytree(tiny_policy, "runs/adatok/discrete/ata_grpo")
+    if "runs/adatok/ar" in command.split():
+        shutil.copytree(request.getfixturevalue("generator_run"), "runs/adatok/ar")
     few = JudgeTraining(steps=20, batch_size=32)
     monkeypatch.setattr(judging.DigitJudge, "trained", partial(DigitJudge.trained, training=few))
     Path("my/photos").mkdir(parents=True)
@@ -116,6 +119,15 @@ def test_other_commands_work(
     only = ["--dry-run"] if name == "ablate" else []  # tests/test_ablation.py trains
     assert run_tool(monkeypatch, name, *arguments, *only) == 0, capsys.readouterr().err
     assert len(capsys.readouterr().out) > 50
+
+
+def test_a_generator_is_used(generator_run: Path, elsewhere: Path) -> None:
+    shutil.copytree(generator_run, "runs/adatok/ar")
+    names: dict[str, Any] = {}
+    exec(python_block(holding='load("runs/adatok/ar")'), names)
+    images, tokens = names["images"], names["tokens"]
+    assert images.shape == (2, 3, 16, 16) and 0 <= images.min() <= images.max() <= 1
+    assert torch.equal(names["model"].generate(torch.tensor([3, 8])).codes, tokens.codes)
 
 
 def test_the_three_stages_of_discrete_tokens(

@@ -61,3 +61,16 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Any) -> int
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def generator_config(folder: Path, *overrides: str) -> Config:
+    """A configuration, the first of these, made small enough for seconds, with changes."""
+    small = [
+        "data.image_size=16", "data.train.num_images=80", "data.validation.num_images=40", "data.test.num_images=40",
+        "train.max_steps=6", "train.batch_size=8", "train.log_every=2", "train.validate_every=3",
+        "train.validate_images=16", "evaluation.judge_images=0",
+    ]  # fmt: skip
+    width = ["tokenizer.encoder.width=32", "tokenizer.encoder.depth=1", "tokenizer.decoder.width=32"]
+    return load_config(
+        ROOT / overrides[0], [*small, *width, "tokenizer.decoder.depth=1", f"run.dir={folder}", *overrides[1:]]
+    )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from framework.nn.adaptive_transformer import AdaptiveBlock, AdaptiveTransformer
 from framework.nn.causal_transformer import CausalBlock, CausalTransformer
 from framework.nn.transformer import Block, Transformer
 
@@ -19,7 +20,7 @@ def compiled_blocks(module: nn.Module, backend: str | Callable[..., object] = "i
     decoder's sequence is as long as the longest prefix of its batch: with fixed sizes each length would be compiled
     anew, and torch gives up after eight. So a run compiles twice, with and without padded keys.
     """
-    blocks = [part for part in module.modules() if isinstance(part, Block | CausalBlock)]
+    blocks = [part for part in module.modules() if isinstance(part, Block | CausalBlock | AdaptiveBlock)]
     for block in blocks:
         block.compile(dynamic=True, backend=backend)
     try:
@@ -32,5 +33,5 @@ def compiled_blocks(module: nn.Module, backend: str | Callable[..., object] = "i
 def recompute_blocks(module: nn.Module) -> None:
     """Have every transformer in ``module`` keep its blocks' inputs only, and compute the rest again going backward."""
     for part in module.modules():
-        if isinstance(part, Transformer | CausalTransformer):
+        if isinstance(part, Transformer | CausalTransformer | AdaptiveTransformer):
             part.recompute = True

@@ -159,6 +159,7 @@ class Trainer:
     def train_on(self, data: ImageData) -> None:
         """Train on as many images that were prepared for the task, in place of those that it was built with."""
         self.stream.data = data
+        self._restart_average()  # preparing may have filled buffers, such as the scale of latents
 
     def take_over(self) -> Inheritance | None:
         """Load the weights that ``train.init_from`` names, if it does; ``fit`` calls it where there is no checkpoint.
@@ -168,9 +169,12 @@ class Trainer:
         """
         if self._inheritance is None and self.options.init_from is not None:
             self._inheritance = self.options.init_from.apply(self.task)
-            if self.average is not None:
-                self.average.load_state_dict(live_state(self.task.model))
+            self._restart_average()
         return self._inheritance
+
+    def _restart_average(self) -> None:
+        if self.average is not None:
+            self.average.load_state_dict(live_state(self.task.model))
 
     def _tell_precision(self) -> None:
         dtype = self.options.dtype(self.device)

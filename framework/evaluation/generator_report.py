@@ -195,7 +195,7 @@ def _plot_positions(losses: Sequence[float | None], path: Path) -> None:
     axes = figure.subplots()
     shown = [(number + 1, loss) for number, loss in enumerate(losses) if loss is not None]
     axes.plot(*zip(*shown, strict=True), "o-", color=COLOURS[0], markersize=4)
-    axes.set(xlabel="token", ylabel="loss, nats", title="Held-out images, by position")
+    axes.set(xlabel="token", ylabel="loss", title="Held-out images, by position")
     style_axes(axes)
     write_figure(figure, path)
 

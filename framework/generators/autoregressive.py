@@ -6,7 +6,7 @@ Shapes: b batch, n tokens of the longest sequence, t tokens that are there, d wi
 from __future__ import annotations
 
 from math import ceil, isqrt
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,10 @@ from framework.generators.guidance import Guidance
 from framework.generators.interface import GENERATORS, Generator, GeneratorLoss, TokenSpace
 from framework.generators.length_modes import LENGTH_MODES, LengthModeName
 from framework.generators.sampling import Sampling
+from framework.generators.sizes import Size, size_of
 from framework.nn.causal_transformer import CausalTransformer
 from framework.nn.positions import rotary_1d, rotary_2d
 from framework.tokens import Tokens
-
-
-class Size(NamedTuple):
-    """Width, blocks, heads."""
-
-    width: int
-    depth: int
-    num_heads: int
-
 
 SIZES = {
     "B": Size(768, 12, 12),
@@ -91,7 +83,7 @@ class LlamaGenAR(Generator):
         if space.vocabulary is None:
             raise ValueError("LlamaGenAR draws codes, and this tokenizer's tokens are continuous: take a DiT")
         self.space = space
-        width, depth, num_heads = chosen = _size(size, width, depth, num_heads)
+        width, depth, num_heads = chosen = size_of(SIZES, size, width, depth, num_heads)
         self.size = chosen
         hidden = 256 * ceil(8 * width / 3 / 256) if mlp_ratio is None else round(width * mlp_ratio)
         self.label_dropout = label_dropout
@@ -181,14 +173,6 @@ class LlamaGenAR(Generator):
     ) -> Tokens:
         engine = self.engine(max(1, min(self.batch_size, len(labels))))
         return engine.generate(labels, seed=seed, sample_ids=sample_ids, guidance=guidance, lengths=lengths)
-
-
-def _size(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> Size:
-    named = SIZES[size] if size else Size(0, 0, 0)
-    chosen = Size(*(own or given for own, given in zip((width, depth, num_heads), named, strict=True)))
-    if min(chosen) < 1:
-        raise ValueError(f"without a size, LlamaGenAR needs width, depth and num_heads, at least 1 each; got {chosen}")
-    return chosen
 
 
 def _rotation(kinds: set[str], count: int, longest: int, width: int, base: float) -> Tensor | None:

@@ -114,19 +114,7 @@ class DecodeEngine:
     ) -> Tokens:
         """As ``Generator.generate``; ``statistics`` then says what it took."""
         space, device = self.model.space, self.model.head.weight.device
-        labels, sample_ids = (values.to(device, torch.int64) for values in (labels, sample_ids))
-        if labels.ndim != 1 or sample_ids.shape != labels.shape:
-            raise ValueError(
-                f"labels and sample_ids are (b,) each, got {tuple(labels.shape)} and {tuple(sample_ids.shape)}"
-            )
-        space.check_labels(labels)
-        if (sample_ids < 0).any():
-            raise ValueError(f"sample_ids count from 0, got {int(sample_ids.min())}")
-        if lengths is not None:
-            if lengths.shape != labels.shape:
-                raise ValueError(f"there is one length for each of {len(labels)} labels, got {tuple(lengths.shape)}")
-            space.check_lengths(lengths)
-            lengths = lengths.to(device)
+        labels, sample_ids, lengths = space.checked(labels, sample_ids, lengths, device)
         call = _Call(self, labels, seed, sample_ids, guidance, lengths)
         codes, found = call.run()
         self.statistics = call.statistics

@@ -70,6 +70,29 @@ class TokenSpace:
             nearest = min(self.budgets, key=lambda budget: abs(budget - length))
             raise ValueError(f"lengths are {list(self.budgets)}, got {length}: the nearest is {nearest}")
 
+    def checked(
+        self, labels: Tensor, sample_ids: Tensor, lengths: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What ``Generator.generate`` is asked for, int64 on a device.
+
+        Raises:
+            ValueError: if a label, number or length is none, or there is not one for each.
+        """
+        if labels.ndim != 1 or sample_ids.shape != labels.shape:
+            raise ValueError(
+                f"labels and sample_ids are (b,) each, got {tuple(labels.shape)} and {tuple(sample_ids.shape)}"
+            )
+        self.check_labels(labels)
+        if (sample_ids < 0).any():
+            raise ValueError(f"sample_ids count from 0, got {int(sample_ids.min())}")
+        labels, sample_ids = (values.to(device, torch.int64) for values in (labels, sample_ids))
+        if lengths is None:
+            return labels, sample_ids, None
+        if lengths.shape != labels.shape:
+            raise ValueError(f"there is one length for each of {len(labels)} labels, got {tuple(lengths.shape)}")
+        self.check_lengths(lengths)
+        return labels, sample_ids, lengths.to(device, torch.int64)
+
 
 @dataclass(frozen=True)
 class GeneratorLoss:
@@ -77,8 +100,8 @@ class GeneratorLoss:
 
     Args:
         losses: named, their sum is minimised: each a sum over this batch divided by ``count``.
-        count: how many tokens the batch's sequences keep. What several batches make one step weighs by it, so that
-            every token of the step counts the same.
+        count: how many tokens the batch's sequences keep, or as many of them as are predicted. What several batches
+            make one step weighs by it, so that every token of the step counts the same.
         metrics: detached scalars that are only logged.
         by_position: detached sums of the tokens' own loss at each position, up to the longest, for evaluations.
     """

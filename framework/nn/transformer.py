@@ -6,6 +6,7 @@ Shapes: b batch, n sequence, d width, h heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from framework.nn.attention import attention
 from framework.nn.positions import rotate
 
 Norm = Literal["layer", "layer_noaffine", "rms"]
-Activation = Literal["gelu", "relu2", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 
 
 class BlockOptions:
@@ -26,7 +27,8 @@ class BlockOptions:
 
     Args:
         norm: ``layer`` (TiTok), ``layer_noaffine`` (FlexTok) or ``rms`` (ElasticTok, LlamaGen).
-        mlp: ``gelu``, ``relu2`` (squared ReLU, the cheapest on a CPU) or ``swiglu``.
+        mlp: ``gelu``, ``gelu_tanh`` (its approximation, DiT's), ``relu2`` (squared ReLU, the cheapest on a CPU) or
+            ``swiglu``.
         mlp_ratio: hidden width of the MLP over d; swiglu's three matrices take 2/3 of it, at equal parameters.
         bias: whether linear layers have biases.
         qk_norm: normalise queries and keys of each head to unit root mean square, which bounds the scores.
@@ -109,6 +111,7 @@ class SelfAttention(nn.Module):
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
     "swiglu": F.silu,
 }

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -55,3 +56,12 @@ def hashed(keys: Tensor | int, numbers: Tensor) -> Tensor:
 def unit_of(bits: Tensor) -> Tensor:
     """Bits as numbers in [0, 1), float64."""
     return ((bits >> 11) & (2**53 - 1)).double().mul_(2.0**-53)
+
+
+def normals(keys: Tensor, count: int) -> Tensor:
+    """Standard normal numbers, ``count`` for each of ``keys (b,)``: ``(b, count)`` float32.
+
+    Each is the quantile of one hash, so that more of them leave the first ones as they are; the largest is 8.3.
+    """
+    units = unit_of(hashed(keys[:, None], torch.arange(count, device=keys.device)))
+    return torch.special.ndtri(units + 2.0**-54).float()

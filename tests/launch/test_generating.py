@@ -20,7 +20,6 @@ from framework.generators.image_generator import ImageGenerator
 from framework.launch import generating
 from framework.launch.generating import generate_images
 from framework.runtime.weights import weights_digest
-from tests.tasks.test_train_generator import run as run  # a module's fixture
 from tests.tiny_run import run_tool
 
 
@@ -53,11 +52,11 @@ def pixels_of(out: Path) -> Any:
 
 
 def test_the_folder(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "samples"
     options = ["--num", 7, "--classes", 4, 2, "--guidance", 2, "--interval", 0, 0.5, "--seed", 3, "--top-k", 5]
-    assert run_tool(monkeypatch, "generate", "--run", run, "--out", out, *options, "--batch", 1) == 0
+    assert run_tool(monkeypatch, "generate", "--run", generator_run, "--out", out, *options, "--batch", 1) == 0
     assert "7 images of 2 classes, of 5.00 tokens on average" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"images", "grid.png", "samples.csv", "samples.npz", "record.json"}
     assert list(tmp_path.iterdir()) == [out]
@@ -71,7 +70,7 @@ def test_the_folder(
         assert rows == {"image": f"{number:08}.png", "label": str(labels[number]), "tokens": "5"}
         assert np.array_equal(np.asarray(Image.open(out / "images" / rows["image"])), pixels[number])
 
-    model = framework.load(run)
+    model = framework.load(generator_run)
     assert isinstance(model.generator, LlamaGenAR)
     record = json.loads((out / "record.json").read_text())
     assert record["run"]["step"] == 6 and record["run"]["weights_sha256"] == weights_digest(model.state_dict())
@@ -86,20 +85,20 @@ def test_the_folder(
     assert len(np.unique(pixels.reshape(7, -1), axis=0)) > 1
 
 
-def test_an_image_depends_neither_on_how_many_there_are_nor_on_the_policy(run: Path, tmp_path: Path) -> None:
+def test_an_image_depends_neither_on_how_many_there_are_nor_on_the_policy(generator_run: Path, tmp_path: Path) -> None:
     several: dict[str, Any] = {
         "few": {"num": 5}, "many": {"num": 12, "policy": "static", "batch_size": 3}, "other": {"num": 5, "seed": 1},
         "asked": {"num": 5, "lengths": [5]}, "cool": {"num": 5, "temperature": 0.0},
     }  # fmt: skip
     for name, given in several.items():
-        generate_images(run, tmp_path / name, progress=silent, say=silent, **given)
+        generate_images(generator_run, tmp_path / name, progress=silent, say=silent, **given)
     few, many, other, asked, cool = (pixels_of(tmp_path / name).astype(int) for name in several)
     assert np.abs(few - many[:5]).max() <= 1 and np.abs(few - asked).max() <= 1
     assert np.abs(few - other).max() > 1 and np.abs(few - cool).max() > 1
 
 
 def test_a_command_that_was_stopped_leaves_no_folder(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
@@ -107,9 +106,9 @@ def test_a_command_that_was_stopped_leaves_no_folder(
     with monkeypatch.context() as patched:
         patched.setattr(generating, "_write_grid", stop)
         with pytest.raises(KeyboardInterrupt):
-            generate_images(run, tmp_path / "out", 9, silent, silent)
+            generate_images(generator_run, tmp_path / "out", 9, silent, silent)
     assert not (tmp_path / "out").exists()
-    generate_images(run, tmp_path / "out", 3, silent, silent)
+    generate_images(generator_run, tmp_path / "out", 3, silent, silent)
     assert len(list((tmp_path / "out/images").iterdir())) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
@@ -124,21 +123,22 @@ def test_a_command_that_was_stopped_leaves_no_folder(
     ],
 )
 def test_refusals(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     options: list[str], message: str,
 ) -> None:  # fmt: skip
-    assert run_tool(monkeypatch, "generate", "--run", run, "--out", tmp_path / "out", "--num", 2, *options) == 2
+    wanted = ["--run", generator_run, "--out", tmp_path / "out", "--num", 2, *options]
+    assert run_tool(monkeypatch, "generate", *wanted) == 2
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-def test_other_folders_and_generators(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_folders_and_generators(generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileExistsError, match="another folder, or remove it"):
-        generate_images(run, tmp_path, 2, silent, silent)
+        generate_images(generator_run, tmp_path, 2, silent, silent)
     with monkeypatch.context() as patched:
         other = SimpleNamespace(task=SimpleNamespace(model=torch.nn.Identity()))
         patched.setattr(generating, "experiment_from", lambda *args, **given: other)
         with pytest.raises(TypeError, match="no run of a generator: its model is Identity"):
-            generate_images(run, tmp_path / "out", 2, silent, silent)
+            generate_images(generator_run, tmp_path / "out", 2, silent, silent)
     with pytest.raises(framework.runs.RunError, match="holds no run"):
         generate_images(tmp_path / "nothing", tmp_path / "out", 2, silent, silent)
     loaded = generating._loaded
@@ -150,5 +150,5 @@ def test_other_folders_and_generators(run: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(generating, "_loaded", without_policy)
     with pytest.raises(ValueError, match="policy is no setting of this run's generator, a Llama.*; it has batch"):
-        generate_images(run, tmp_path / "out", 2, silent, silent, policy="static")
+        generate_images(generator_run, tmp_path / "out", 2, silent, silent, policy="static")
     assert not (tmp_path / "out").exists()

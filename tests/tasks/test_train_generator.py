@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 import framework
-from framework import runs
-from framework.config import Config, load_config
 from framework.data.digits import DigitScenes
 from framework.data.interface import Batch
 from framework.engine.optimizers import AdamW
@@ -34,7 +31,6 @@ from framework.tasks.train_generator import TrainGenerator
 from framework.tokenizers.quantizers.finite_scalar_quantizer import FiniteScalarQuantizer
 from framework.tokens import Tokens
 from tests.tasks.test_fine_tune_decoder import ByBrightness
-from tests.tiny_run import ROOT
 from tests.tokenizers.build import small_tokenizer
 
 
@@ -151,35 +147,8 @@ def test_every_token_of_a_step_counts_the_same() -> None:
 # A run
 
 
-def config_of(folder: Path, *overrides: str) -> Config:
-    small = [
-        "data.image_size=16", "data.train.num_images=80", "data.validation.num_images=40", "data.test.num_images=40",
-        "train.max_steps=6", "train.batch_size=8", "train.log_every=2", "train.validate_every=3",
-        "train.validate_images=16", "evaluation.judge_images=0",
-    ]  # fmt: skip
-    width = ["tokenizer.encoder.width=32", "tokenizer.encoder.depth=1", "tokenizer.decoder.width=32"]
-    return load_config(
-        ROOT / overrides[0], [*small, *width, "tokenizer.decoder.depth=1", f"run.dir={folder}", *overrides[1:]]
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator on a tokenizer, with a policy whose head sees nothing and so chooses one length."""
-    folder = tmp_path_factory.mktemp("generator")
-    tokenizer = runs.experiment_from(config_of(folder, "projects/adatok/discrete/ntm_mhlora.yaml")).task.model
-    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
-    own = [
-        f"run.cache={folder / 'cache'}", f"tokenizer.weights={folder / 'tokenizer.safetensors'}", "task.samples=40",
-        "task.policy={name: FixedLength, length: 5}", "task.generator.width=32", "task.generator.depth=1",
-        "task.guidance={scale: 2.0, interval: [0.0, 0.5]}",
-    ]  # fmt: skip
-    runs.train(config_of(folder / "ar", "projects/adatok/ar.yaml", *own), lambda text: None)
-    return folder / "ar"
-
-
-def test_a_run_leaves_its_evaluation(run: Path) -> None:
-    results = run / "evaluation"
+def test_a_run_leaves_its_evaluation(generator_run: Path) -> None:
+    results = generator_run / "evaluation"
     metrics = json.loads((results / "metrics.json").read_text())
     assert set(metrics["samples"]) == {"samples, guidance 1", "samples, guidance 2 constant"}
     assert metrics["samples"]["samples, guidance 1"]["lengths"] == {"5": 40}
@@ -194,8 +163,8 @@ def test_a_run_leaves_its_evaluation(run: Path) -> None:
         assert Image.open(results / picture).size[0] > 100
 
 
-def test_a_run_loads_as_a_model(run: Path) -> None:
-    model = framework.load(run)
+def test_a_run_loads_as_a_model(generator_run: Path) -> None:
+    model = framework.load(generator_run)
     assert isinstance(model, ImageGenerator) and not model.training and not model.tokenizer.training
     labels = torch.arange(10)
     tokens = model.generate(labels, seed=3, guidance=Guidance(2.0))
