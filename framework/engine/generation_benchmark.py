@@ -222,7 +222,7 @@ def generation_lines(
     if images is not None:
         model = images.to(device).generator
         if not isinstance(model, LlamaGenAR):
-            raise TypeError(f"policies are of autoregressive decoding, and this generator is {type(model).__name__}")
+            raise TypeError(f"only a LlamaGenAR has decoding policies, and this generator is a {type(model).__name__}")
         for batch_size in batch_sizes:
             given: dict[str, Any] = {"num_images": batch_size * images_per_row, "rounds": rounds}
             for title, finish in (("tokens", None), ("tokens and images", partial(_decoded, images))):

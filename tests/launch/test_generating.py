@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,18 @@ from PIL import Image
 
 import framework
 from framework.generators.autoregressive import LlamaGenAR
+from framework.generators.dit import DiT
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
+from framework.generators.interface import TokenSpace
+from framework.generators.masked import MaskGIT
+from framework.generators.samplers import Euler
 from framework.launch import generating
 from framework.launch.generating import generate_images
 from framework.runtime.weights import weights_digest
+from framework.tokenizers.quantizers.finite_scalar_quantizer import FiniteScalarQuantizer
 from tests.tiny_run import run_tool
+from tests.tokenizers.build import small_tokenizer
 
 
 def with_decoder(images: ImageGenerator) -> ImageGenerator:
@@ -152,3 +159,34 @@ def test_other_folders_and_generators(generator_run: Path, tmp_path: Path, monke
     with pytest.raises(ValueError, match="policy is no setting of this run's generator, a Llama.*; it has batch"):
         generate_images(generator_run, tmp_path / "out", 2, silent, silent, policy="static")
     assert not (tmp_path / "out").exists()
+
+
+def dit() -> ImageGenerator:
+    tokenizer = small_tokenizer().eval()
+    space = TokenSpace(6, tokenizer.token_dim, None, (2, 6), 10)
+    return ImageGenerator(DiT(None, 16, 1, 2, sampler=Euler(steps=3), space=space), tokenizer).eval()
+
+
+def maskgit() -> ImageGenerator:
+    tokenizer = small_tokenizer(quantizer=FiniteScalarQuantizer([5, 4])).eval()
+    space = TokenSpace(6, tokenizer.token_dim, 20, (2, 6), 10)
+    return ImageGenerator(MaskGIT(16, 1, 2, steps=3, space=space), tokenizer).eval()
+
+
+@pytest.mark.parametrize(("make", "settings"), [(dit, {}), (maskgit, {"temperature": 0.5, "batch_size": 3})])
+def test_other_generators(
+    make: Callable[[], ImageGenerator], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generating, "_loaded", lambda *args: (make(), {}))
+    generate_images(tmp_path, tmp_path / "out", 12, silent, silent, lengths=[6, 2], guidance=Guidance(2.0), **settings)
+    rows = list(csv.DictReader((tmp_path / "out/samples.csv").open()))
+    assert [row["tokens"] for row in rows] == ["6"] * 10 + ["2"] * 2
+    record = json.loads((tmp_path / "out/record.json").read_text())["generator"]
+    if make is dit:
+        assert record["sampler"]["name"] == "Euler" and record["sampler"]["steps"] == 3
+        with pytest.raises(ValueError, match="top_p is no setting of this run's generator, a DiT; it has batch_size"):
+            generate_images(tmp_path, tmp_path / "other", 2, silent, silent, top_p=0.5)
+    else:
+        assert (record["steps"], record["sampling"]["temperature"], record["batch_size"]) == (3, 0.5, 3)
+    with pytest.raises(ValueError, match="policy is no setting"):
+        generate_images(tmp_path, tmp_path / "other", 2, silent, silent, policy="static")
