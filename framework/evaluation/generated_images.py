@@ -104,28 +104,23 @@ def comparison_texts(found: Mapping[str, Any]) -> list[str]:
         notes.append(f"fd_digit_judge: against {against:,} training images, as is the judge's diversity.")
     for metric, of in found.get("distributions", {}).items():
         for name, numbers in of["sets"].items():
-            columns[name][generated_heading(metric)] = f"{numbers[metric]:.4g}"
-            notes += [f"Note on {name}: {note}." for note in numbers["notes"]]
-        notes.append(reference_text(metric, of["protocol"]))
+            columns[name]["FID" if metric == "fid" else metric] = f"{numbers[metric]:.4g}"
+            notes += [f"Note: {note}." for note in numbers["notes"]]
+        protocol, network = of["protocol"], of["protocol"]["features"]
+        notes.append(
+            f"{metric}: against {protocol['reference']}, in {network['network']}, {network['resize']}, weights "
+            f"{network['weights_sha256'][:12]}."
+        )
     if not columns:
         return []
     count = max(numbers["images"] for of in _measured(found) for numbers in of["sets"].values())
     notes.insert(0, f"Of {count:,} images each; real images that were not trained on, the first line, are the floor.")
     rows = [["", *columns[HELD_OUT]], *([name, *values.values()] for name, values in columns.items())]
-    return [markdown(rows, 1), " ".join(notes) + "\n"]
+    return [markdown(rows, 1), " ".join(dict.fromkeys(notes)) + "\n"]
 
 
 def _measured(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*([found["judge"]] if "judge" in found else []), *found.get("distributions", {}).values()]
-
-
-def reference_text(metric: str, protocol: Mapping[str, Any]) -> str:
-    """Against what a Frechet distance of generated images is, and in whose features."""
-    network = protocol["features"]
-    return (
-        f"{generated_heading(metric)}: against {protocol['reference']}, in {network['network']}, {network['resize']}, "
-        f"weights {network['weights_sha256'][:12]}."
-    )
 
 
 def generated_heading(metric: str) -> str:
