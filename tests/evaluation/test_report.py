@@ -159,7 +159,7 @@ def test_other_statistics_may_be_the_reference(tmp_path: Path) -> None:
         ({"features": [ToyFeatures()], "references": {"fid": "x"}}, "'fid', and the metrics of features are fd_toy"),
         ({"references": {"fid": "x.npz"}}, "are none: set evaluation.features"),
         ({"thresholds": (0.1, 0.0)}, "squared errors above 0"),
-        ({"codec_images": -1}, "codec_images is not below 0"),
+        ({"codec_images": -1}, "codec_images and judge_images are not below 0"),
     ],
 )
 def test_measures_that_make_no_sense_are_refused(wrong: dict[str, Any], told: str) -> None:
