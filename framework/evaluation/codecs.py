@@ -207,7 +207,14 @@ def at_equal_size(
         summary: dict[str, Any] = curve.summary()
         by_size = {entry.pop("length"): entry for entry in summary["per_length"]}
         rows = [
-            {"length": length, "bits": bits[length], "max_bytes": size, **by_size[size], "note": _note(by_size[size])}
+            {
+                "length": length,
+                "bits": bits[length],
+                "bits_per_pixel": bits[length] / data.image_size**2,
+                "max_bytes": size,
+                **by_size[size],
+                "note": _note(by_size[size]),
+            }
             for length, size in max_bytes.items()
         ]
         found[codec.title] = {"protocol": summary["protocol"], "per_length": rows}
@@ -246,6 +253,7 @@ def codecs_text(found: Mapping[str, Any]) -> str:
     first = found[titles[0]]
     lengths = [str(at["length"]) for at in first["per_length"]]
     rows = [[f"PSNR, dB, of {first['protocol']['images']} images at tokens", *lengths]]
+    rows.append(["bits a pixel", *(f"{at['bits_per_pixel']:.3g}" for at in first["per_length"])])
     rows.append(["bytes at most", *(str(at["max_bytes"]) for at in first["per_length"])])
     for title in ("tokens", *titles):
         cells = [

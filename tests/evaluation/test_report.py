@@ -181,6 +181,7 @@ def test_discrete_tokens_stand_beside_codecs_at_their_bytes(tmp_path: Path, monk
         assert [at["max_bytes"] for at in codecs[title]["per_length"]] == [2, 4]
     table = (tmp_path / "table.md").read_text()
     assert "| PSNR, dB, of 5 images at tokens | 2 | 6 |" in table and "| bytes at most | 2 | 4 |" in table
+    assert f"| bits a pixel | {10 / 256:.3g} | {30 / 256:.3g} |" in table
     jpeg = codecs["JPEG"]["per_length"][0]
     assert jpeg["fitting"] == 0 and f"| JPEG | {jpeg['psnr']:.2f} in {jpeg['bytes']:,.0f} bytes |" in table
     none = evaluate_tokenizer(coding, held_out, tmp_path, {}, measures=Evaluation(codec_images=0), limit=9)
