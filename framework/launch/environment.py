@@ -10,6 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# The functions of this module have the default process group as a default argument, the one at the time of import. The
+# optimizers import it late: the group would outlive joined(), and its threads may then abort the interpreter's exit.
+import torch.distributed.nn
+
 from framework.runtime.ranks import ProcessRanks, Ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -138,7 +138,8 @@ def main(folder: Path) -> None:
             train(folder / "poisoned", ranks, 8, PlainTask("image7"))
         except NonFiniteError as error:
             found["error"] = str(error)
-        torch.save(found, folder / f"rank_{ranks.rank}.pt")
+    found["threads"] = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    torch.save(found, folder / f"rank_{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def test_what_is_not_finite_on_one_rank_is_told_by_all(together: Path) -> None:
     assert "of the losses, pixel is nan" in errors[0] and "on rank" in errors[0] and "image7" in errors[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_of_the_process_group_is_left(together: Path) -> None:
+    for found in seen(together):
+        assert found["threads"] and not [name for name in found["threads"] if "gloo" in name]
+
+
 def test_a_run_of_two_ranks_is_continued_by_one(together: Path, tmp_path: Path) -> None:
     run = shutil.copytree(together / "plain", tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000008")
