@@ -16,10 +16,10 @@ from framework.generators.autoregressive import SIZES
 from framework.generators.diffusion_head import DiffusionHead
 from framework.generators.diffusion_objectives import DiffusionObjective
 from framework.generators.guidance import Guidance
-from framework.generators.interface import GENERATORS, Generator, GeneratorLoss, TokenSpace
+from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
 from framework.generators.key_value_cache import KeyValueCache, Step, attend_in
 from framework.generators.latent_scale import LatentScale
-from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
+from framework.generators.length_first import LengthFirst
 from framework.generators.samplers import Sampler
 from framework.generators.sizes import size_of
 from framework.nn.causal_transformer import CausalTransformer
@@ -29,11 +29,10 @@ from framework.tokens import Tokens
 
 
 @GENERATORS.register()
-class ContinuousAR(Generator):
+class ContinuousAR(LengthFirst):
     """LlamaGen's transformer over latents: each is drawn by a ``DiffusionHead`` from the state of those before it.
 
-    The length comes from ``EmpiricalLengthPrior`` and is told at the start together with the class; rows without class
-    have the same. Sequences of one length are made together.
+    The length is told at the start together with the class; rows without class have the same.
 
     Args:
         size: one of LlamaGen's, or null for ``width``, ``depth`` and ``num_heads``.
@@ -77,12 +76,10 @@ class ContinuousAR(Generator):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__()
+        super().__init__(space, prior_strength, batch_size)
         if space.vocabulary is not None:
             raise ValueError("ContinuousAR makes latents, and this tokenizer has codes: take LlamaGenAR")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is 1 or more, got {batch_size}")
-        self.space, self.label_dropout, self.batch_size = space, label_dropout, batch_size
+        self.label_dropout = label_dropout
         self.size = size_of(SIZES, size, width, depth, num_heads)
         width = self.size.width
         self.class_embedding = nn.Parameter(torch.randn(space.num_classes + 1, width) / 2)
@@ -92,14 +89,13 @@ class ContinuousAR(Generator):
         self.transformer = CausalTransformer(width, *self.size[1:], round(width * mlp_ratio), qk_norm)
         self.head = DiffusionHead(space.dim, width, head_width, head_depth, objective, sampler, draws)
         init_linear(self.embed)
-        self.prior = EmpiricalLengthPrior(space, prior_strength)
         self.scale = LatentScale(space, shrinkage)
 
     def learn_from(self, file: TokenFile) -> None:
         """Lengths of each class, and the scale of latents."""
         if file.statistics is None:
             raise ValueError(f"{file.path} holds codes, and ContinuousAR learns from latents")
-        self.prior.learn_from(file)
+        super().learn_from(file)
         self.scale.learn(file.statistics)
 
     def inputs(self, latents: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
@@ -129,36 +125,15 @@ class ContinuousAR(Generator):
         by_position = own.new_zeros(self.space.longest).index_add(0, kept.nonzero()[:, 1], own)
         return GeneratorLoss({name: each.sum() / count for name, each in losses.items()}, count, {}, by_position)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        labels: Tensor,
-        *,
-        seed: int,
-        sample_ids: Tensor,
-        guidance: Guidance,
-        lengths: Tensor | None = None,
-    ) -> Tokens:
-        labels, sample_ids, lengths = self.space.checked(labels, sample_ids, lengths, self.class_embedding.device)
-        if self.training:
-            raise ValueError("the generator is in training mode, which is another model: call eval() first")
-        if lengths is None:
-            lengths = self.prior.draw(labels, seed, sample_ids)
-        keys = hashed(purpose_key(seed, "noise"), sample_ids)
-        latents = torch.zeros(len(labels), self.space.longest, self.space.dim, device=labels.device)
-        for length, rows in equal_lengths(lengths, self.batch_size * self.space.longest):
-            made = self._decode(labels[rows], lengths[rows], keys[rows], guidance)
-            latents[rows, :length] = self.scale.denormalise(made)
-        return Tokens(latents, lengths)
-
-    def _decode(self, labels: Tensor, lengths: Tensor, keys: Tensor, guidance: Guidance) -> Tensor:
-        """Latents at unit scale ``(b, t, d)`` of sequences of one length.
+    def make(self, labels: Tensor, length: int, seed: int, sample_ids: Tensor, guidance: Guidance) -> Tensor:
+        """Latents ``(b, t, d)`` of sequences of one length.
 
         Rows without class stand behind the others. They are computed from where guidance begins, with what they have
         missed at once, to where it ends.
         """
-        count, length = len(labels), int(lengths[0])
-        every, both = torch.cat([labels, torch.full_like(labels, self.space.num_classes)]), lengths.repeat(2)
+        count, keys = len(labels), hashed(purpose_key(seed, "noise"), sample_ids)
+        every = torch.cat([labels, torch.full_like(labels, self.space.num_classes)])
+        both = torch.full_like(every, length)
         width, depth, heads = self.size
         cache = KeyValueCache((depth, 2 * count, heads, length, width // heads), keys.device, self.embed.weight.dtype)
         latents = torch.zeros(2 * count, length, self.space.dim, device=labels.device)
@@ -178,4 +153,4 @@ class ContinuousAR(Generator):
                 reached = place + 1
             made = self.head.sample(states[:count], hashed(keys, torch.full_like(keys, place)), without, scale)
             latents[:, place] = made.repeat(2, 1)
-        return latents[:count]
+        return self.scale.denormalise(latents[:count])

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from framework.data.token_file import TokenFile
 from framework.generators.diffusion_objectives import DiffusionObjective, Velocity
 from framework.generators.guidance import Guidance, guided
-from framework.generators.interface import GENERATORS, Generator, GeneratorLoss, TokenSpace
+from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
 from framework.generators.latent_scale import LatentScale
-from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
+from framework.generators.length_first import LengthFirst
+from framework.generators.length_prior import equal_lengths
 from framework.generators.samplers import DDIM, Euler, Sampler
 from framework.generators.sizes import Size, size_of
 from framework.nn.adaptive_transformer import AdaptiveTransformer, TimeEmbedding
@@ -31,11 +32,10 @@ SIZES = {"S": Size(384, 12, 6), "B": Size(768, 12, 12), "L": Size(1024, 24, 16),
 
 
 @GENERATORS.register()
-class DiT(Generator):
+class DiT(LengthFirst):
     """All tokens of a sequence out of noise together, given the class and the length.
 
-    The length comes from ``EmpiricalLengthPrior``. Rows with and without class are told the same length, so that
-    guidance never acts on it. Sequences of one length are made together: none has padding.
+    Rows with and without class are told the same length, so that guidance never acts on it.
 
     Args:
         size: one of DiT's, or null for ``width``, ``depth`` and ``num_heads``.
@@ -86,17 +86,13 @@ class DiT(Generator):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__()
+        super().__init__(space, prior_strength, batch_size)
         if space.vocabulary is not None:
             raise ValueError("a DiT makes continuous tokens, and this tokenizer has codes: take LlamaGenAR or MaskGIT")
-        self.space, self.label_dropout, self.mixed_lengths = space, label_dropout, mixed_lengths
+        self.label_dropout, self.mixed_lengths = label_dropout, mixed_lengths
         self.guided_channels = space.dim if guided_channels is None else guided_channels
-        if not 1 <= self.guided_channels <= space.dim or batch_size < 1:
-            raise ValueError(
-                f"guided_channels are from 1 to {space.dim} and batch_size from 1, got {guided_channels} and "
-                f"{batch_size}"
-            )
-        self.batch_size = batch_size
+        if not 1 <= self.guided_channels <= space.dim:
+            raise ValueError(f"guided_channels are from 1 to {space.dim}, got {guided_channels}")
         self.objective = Velocity() if objective is None else objective
         self.sampler = sampler or (Euler() if isinstance(self.objective, Velocity) else DDIM())
         self.sampler.check(self.objective)
@@ -116,14 +112,13 @@ class DiT(Generator):
         init_linear(self.embed)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.prior = EmpiricalLengthPrior(space, prior_strength)
         self.scale = LatentScale(space, shrinkage)
 
     def learn_from(self, file: TokenFile) -> None:
         """Lengths of each class, and the scale of latents."""
         if file.statistics is None:
             raise ValueError(f"{file.path} holds codes, and a DiT learns from latents")
-        self.prior.learn_from(file)
+        super().learn_from(file)
         self.scale.learn(file.statistics)
 
     def condition(self, times: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
@@ -185,28 +180,11 @@ class DiT(Generator):
         else:
             yield from ((rows, length, None) for length, rows in equal_lengths(lengths, mask.numel()))
 
-    @torch.no_grad()
-    def generate(
-        self,
-        labels: Tensor,
-        *,
-        seed: int,
-        sample_ids: Tensor,
-        guidance: Guidance,
-        lengths: Tensor | None = None,
-    ) -> Tokens:
-        labels, sample_ids, lengths = self.space.checked(labels, sample_ids, lengths, self.class_embedding.device)
-        if self.training:
-            raise ValueError("the generator is in training mode, which is another model: call eval() first")
-        if lengths is None:
-            lengths = self.prior.draw(labels, seed, sample_ids)
-        keys = hashed(purpose_key(seed, "noise"), sample_ids)
-        latents = torch.zeros(len(labels), self.space.longest, self.space.dim, device=labels.device)
-        for length, rows in equal_lengths(lengths, self.batch_size * self.space.longest):
-            noise = partial(self._noise, keys[rows], length)
-            predict = partial(self._predict, labels[rows], lengths[rows], guidance)
-            latents[rows, :length] = self.scale.denormalise(self.sampler.sample(predict, noise, self.objective))
-        return Tokens(latents, lengths)
+    def make(self, labels: Tensor, length: int, seed: int, sample_ids: Tensor, guidance: Guidance) -> Tensor:
+        """Latents ``(b, n, d)`` of sequences of one length."""
+        noise = partial(self._noise, hashed(purpose_key(seed, "noise"), sample_ids), length)
+        predict = partial(self._predict, labels, torch.full_like(labels, length), guidance)
+        return self.scale.denormalise(self.sampler.sample(predict, noise, self.objective))
 
     def _noise(self, keys: Tensor, length: int, step: int) -> Tensor:
         keys = hashed(keys, torch.full_like(keys, step))

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from framework.data.token_file import TokenFile
 from framework.generators.guidance import Guidance, guided
-from framework.generators.interface import GENERATORS, Generator, GeneratorLoss, TokenSpace
-from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
+from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
+from framework.generators.length_first import LengthFirst
+from framework.generators.length_prior import equal_lengths
 from framework.generators.sampling import Sampling
 from framework.nn.attention import mask_to_bias
 from framework.nn.transformer import BlockOptions, Transformer
@@ -23,11 +23,11 @@ from framework.tokens import Tokens
 
 
 @GENERATORS.register()
-class MaskGIT(Generator):
+class MaskGIT(LengthFirst):
     """Learns codes that are hidden from those that are not, and makes them in steps, the surest first.
 
-    The length comes from ``EmpiricalLengthPrior`` and stands with the class before the codes; rows without class have
-    the same. How many codes are hidden is each row's own share of its own length.
+    The length stands with the class before the codes; rows without class have the same. How many codes are hidden is
+    each row's own share of its own length.
 
     Args:
         width: w; the defaults are MaskGIT's.
@@ -65,20 +65,18 @@ class MaskGIT(Generator):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__()
+        super().__init__(space, prior_strength, batch_size)
         if space.vocabulary is None:
             raise ValueError("MaskGIT makes codes, and this tokenizer's tokens are continuous: take a DiT")
-        if min(steps, batch_size) < 1 or noise < 0:
-            raise ValueError(
-                f"steps and batch_size are 1 or more and noise is at least 0, got {steps}, {batch_size} and {noise}"
-            )
+        if steps < 1 or noise < 0:
+            raise ValueError(f"steps are 1 or more and noise is at least 0, got {steps} and {noise}")
         options = blocks or BlockOptions()
         if options.registers and options.rope_base is not None:
             raise ValueError(
                 "registers stand behind the padding, and rotary positions would tell them how much of it there is: "
                 "take either registers or rope_base"
             )
-        self.space, self.steps, self.noise, self.batch_size = space, steps, noise, batch_size
+        self.steps, self.noise = steps, noise
         self.sampling = sampling or Sampling()
         self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
         self.code_embedding = nn.Parameter(torch.randn(space.vocabulary + 1, width) / 2)  # the last one is hidden
@@ -90,11 +88,6 @@ class MaskGIT(Generator):
         self.head = nn.Linear(width, space.vocabulary)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.prior = EmpiricalLengthPrior(space, prior_strength)
-
-    def learn_from(self, file: TokenFile) -> None:
-        """Lengths of each class."""
-        self.prior.learn_from(file)
 
     def states(self, codes: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
         """Codes ``(b, n)``, v where they are hidden, with labels and lengths ``(b,)`` -> states ``(b, n, w)``.
@@ -145,26 +138,11 @@ class MaskGIT(Generator):
             metrics = {"nll": F.cross_entropy(logits, targets), "accuracy": right.mean()}
         return GeneratorLoss({"code": loss}, count, metrics)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        labels: Tensor,
-        *,
-        seed: int,
-        sample_ids: Tensor,
-        guidance: Guidance,
-        lengths: Tensor | None = None,
-    ) -> Tokens:
-        labels, sample_ids, lengths = self.space.checked(labels, sample_ids, lengths, self.head.weight.device)
-        if self.training:
-            raise ValueError("the generator is in training mode, which is another model: call eval() first")
-        if lengths is None:
-            lengths = self.prior.draw(labels, seed, sample_ids)
-        codes = labels.new_zeros(len(labels), self.space.longest)
-        for length, rows in equal_lengths(lengths, self.batch_size * self.space.longest):
-            codes[rows, :length] = self.decode(labels[rows], lengths[rows], seed, sample_ids[rows], guidance)
-        return Tokens(codes.new_zeros(*codes.shape, 0, dtype=torch.float32), lengths, codes)
+    def make(self, labels: Tensor, length: int, seed: int, sample_ids: Tensor, guidance: Guidance) -> Tensor:
+        """Codes ``(b, n)`` of sequences of one length."""
+        return self.decode(labels, torch.full_like(labels, length), seed, sample_ids, guidance)
 
+    @torch.no_grad()
     def decode(self, labels: Tensor, lengths: Tensor, seed: int, sample_ids: Tensor, guidance: Guidance) -> Tensor:
         """Codes ``(b, n)`` of one batch, padded with 0 to its longest sequence.
 
