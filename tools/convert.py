@@ -16,12 +16,13 @@ examples:
 framework.load and weights: take an exported folder, and after hf upload NAME/ID exports/adatok-ata its id, NAME/ID
 families:
   ldm            VA-VAE, whose latents_stats.pt may follow, SD-VAE in its authors' layout, and other autoencoders of LDM
-  maskgit_vqgan  MaskGIT's VQGAN as TiTok's authors have converted it
-  taming_vqgan   VQGANs of taming transformers
+  maskgit_vqgan  MaskGIT's VQGAN as TiTok's authors have converted it; taming_vqgan, those of taming transformers
   titok          TiTok and One-D-Piece; those of two stages come with their pixel decoder. Tensors do not tell num_heads
                  and normalize: those that are written are the released models', so compare them with your config
+  llamagen, dit  LlamaGen's class-conditional generators, and DiT, whose tokens are patches of latents
 """
-FAMILIES = {"ldm": "convolutional", "maskgit_vqgan": "convolutional", "taming_vqgan": "convolutional", "titok": "titok"}
+FAMILIES = dict.fromkeys(("ldm", "maskgit_vqgan", "taming_vqgan"), "convolutional")
+FAMILIES |= {name: name for name in ("titok", "llamagen", "dit")}
 
 
 def parse() -> argparse.Namespace:
@@ -63,8 +64,7 @@ def main() -> int:
         imported = getattr(module, f"import_{given.family}")(state)
         imported.save(given.out)
     except KeyError as error:
-        some = ", ".join(sorted(state)[:3])
-        print(f"this is no {given.family} checkpoint: it has no tensor {error}. It begins with {some}", file=sys.stderr)
+        print(f"this is no {given.family} checkpoint, it has no tensor {error}: {sorted(state)[:3]}", file=sys.stderr)
         return 2
     except (ConfigError, runs.RunError, CheckpointError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

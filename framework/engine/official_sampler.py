@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.engine.benchmark import machine, take_turns
+from framework.generators.autoregressive import LlamaGenAR
 from framework.generators.decode_engine import DecodeEngine
 from framework.generators.guidance import Guidance
 from framework.generators.sampling import Sampling
@@ -78,7 +79,8 @@ def official_lines(
         FileNotFoundError, ValueError: as ``OfficialSampler``.
     """
     official = OfficialSampler(checkout, size, tokens)
-    ours = import_llamagen(official.model.state_dict(), tokens)
+    ours = import_llamagen(official.model.state_dict(), tokens).build().eval()
+    assert isinstance(ours, LlamaGenAR)
     labels, numbers = torch.arange(batch_size) * 97 % CLASSES, torch.arange(batch_size)
     engine = DecodeEngine(ours, batch_size, "static")
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
-from framework.generators.diffusion_objectives import DDPM
-from framework.generators.dit import SIZES, DiT
+from framework.generators.dit import SIZES
 from framework.generators.interface import TokenSpace
-from framework.generators.samplers import Ancestral
-from framework.interop.official import OfficialError, count, renamed
+from framework.interop.official import Imported, OfficialError, count, renamed
 
 RULES = [
     (r"^x_embedder\.proj\.", "embed."),
@@ -39,17 +38,19 @@ HEADS = {size.width: size.num_heads for size in SIZES.values()}
 GUIDED = 3
 
 
-def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> DiT:
-    """The generator of a checkpoint, in eval mode; its samples are patches of scaled latents, for ``latents_of``.
+def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> Imported:
+    """The generator of a checkpoint; its samples are patches of scaled latents, for ``latents_of``.
+
+    Its table of sines and cosines becomes a learned one: whoever trains it further, trains it too.
 
     Args:
         state: by official names.
         num_heads: unless given, as in the released model of this width.
 
     Raises:
-        OfficialError: if tensors are missing, left over or of another shape.
+        OfficialError: if this is no checkpoint of DiT.
     """
-    weights, _ = renamed(state, RULES)
+    weights, dropped = renamed(state, RULES)
     try:
         width, channels, side, _ = weights["embed.weight"].shape
         positions, hidden = weights["positions"], weights["transformer.blocks.0.mlp.up.weight"]
@@ -64,19 +65,12 @@ def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> DiT
     except KeyError as error:
         raise OfficialError(f"this is no checkpoint of DiT, or of an unusual width: there is no {error}") from error
     num_tokens, dim = positions.shape[1], channels * side * side
-    generator = DiT(
-        None, width, count(state, r"blocks\.(\d+)\."), heads, mlp_ratio=len(hidden) / width, qk_norm=False,
-        objective=DDPM(learned_range=outputs == 2), sampler=Ancestral(), guided_channels=GUIDED * side * side,
-        space=TokenSpace(num_tokens, dim, None, (num_tokens,), len(classes) - 1),
-    )  # fmt: skip
-    own = {name: value for name, value in generator.state_dict().items() if name.startswith(("prior.", "scale."))}
-    try:
-        generator.load_state_dict(own | weights)
-    except RuntimeError as error:  # torch tells all that is missing, unexpected or of another shape
-        raise OfficialError(f"not all tensors have their place: {error}") from error
-    assert generator.positions is not None
-    generator.positions.requires_grad_(False)  # a table of sines and cosines, which is not trained
-    return generator.eval()
+    sizes = {"width": width, "depth": count(state, r"blocks\.(\d+)\."), "num_heads": heads}
+    node: dict[str, Any] = {"name": "DiT", "size": None, **sizes, "mlp_ratio": len(hidden) / width, "qk_norm": False}
+    node |= {"objective": {"name": "DDPM", "learned_range": outputs == 2}, "sampler": {"name": "Ancestral"}}
+    node |= {"guided_channels": GUIDED * side * side}
+    space = TokenSpace(num_tokens, dim, None, (num_tokens,), len(classes) - 1)
+    return Imported("task.generator", node, weights, dropped, token_space=space)
 
 
 def patches_of(latents: Tensor, side: int = 2) -> Tensor:

@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import framework.components  # noqa: F401 - registers every part
 from framework.config.build import build, resolve
 from framework.config.errors import Source
 from framework.config.registry import Factory
 from framework.config.yaml import Config
+from framework.generators.interface import Generator, TokenSpace
 from framework.runtime.files import write_bytes
 from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
@@ -73,11 +75,13 @@ class Imported:
     """What a checkpoint is, in this framework.
 
     Args:
-        part: where its node stands in a configuration: ``tokenizer``, or a space such as ``tokenizer.input_space``.
+        part: where its node stands in a configuration: ``tokenizer``, a space such as ``tokenizer.input_space``, or
+            ``task.generator``.
         node: the node, without ``weights`` and without what is as by default.
         weights: under this framework's names.
         dropped: official names of what is not used, such as a discriminator.
         image_size: of a tokenizer.
+        token_space: of a generator; in a run the tokenizer says it.
     """
 
     part: str
@@ -85,6 +89,7 @@ class Imported:
     weights: dict[str, Tensor]
     dropped: list[str]
     image_size: int = 0
+    token_space: TokenSpace | None = None
 
     def build(self) -> nn.Module:
         """The part that the node describes, with these weights.
@@ -93,7 +98,10 @@ class Imported:
             OfficialError: if weights are missing, left over or of another shape, listing them.
         """
         made = build(self._config(), _Parts, lambda module, source, path: None)
-        part = made.tokenizer(image_size=self.image_size) if made.tokenizer else made.space
+        if made.tokenizer is not None:
+            part: nn.Module | None = made.tokenizer(image_size=self.image_size)
+        else:
+            part = made.space if made.generator is None else made.generator(space=self.token_space)
         assert part is not None
         buffers = {name: value for name, value in part.named_buffers() if name in part.state_dict()}
         try:
@@ -105,7 +113,7 @@ class Imported:
     def full_node(self) -> dict[str, Any]:
         """The node with every default written, so that it inherits nothing where it is put."""
         tree = resolve(self._config(), _Parts)
-        node: dict[str, Any] = tree["tokenizer"] or tree["space"]
+        node: dict[str, Any] = tree[self._key]
         return node
 
     def save(self, path: Path) -> None:
@@ -118,14 +126,23 @@ class Imported:
         write_bytes(path, safetensors.torch.save(self.build().state_dict()))
 
     def _config(self) -> Config:
-        key = "tokenizer" if self.part == "tokenizer" else "space"
-        return Config({key: self.node}, {(): Source("the checkpoint")})
+        return Config({self._key: self.node}, {(): Source("the checkpoint")})
+
+    @property
+    def _key(self) -> str:
+        return {"tokenizer": "tokenizer", "task.generator": "generator"}.get(self.part, "space")
 
 
 class _Parts:
-    def __init__(self, tokenizer: Factory[Tokenizer] | None = None, space: ImageSpace | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Factory[Tokenizer] | None = None,
+        space: ImageSpace | None = None,
+        generator: Factory[Generator] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.space = space
+        self.generator = generator
 
 
 def renamed(

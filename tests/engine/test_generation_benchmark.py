@@ -160,7 +160,7 @@ import torch
 from framework.interop.llamagen import import_llamagen
 
 def generate(model, cond, max_new_tokens, cfg_scale, temperature, top_k, top_p, sample_logits):
-    ours = import_llamagen(model.state_dict(), max_new_tokens)
+    ours = import_llamagen(model.state_dict(), max_new_tokens).build().eval()
     codes = cond.new_zeros(len(cond), 0)
     for _ in range(max_new_tokens):  # everything anew each time
         c, u = (ours(codes, labels)[:, -1] for labels in (cond, torch.full_like(cond, 1000)))

@@ -17,7 +17,9 @@ from tests.interop.golden import assert_near, read
 
 def generator_of() -> tuple[DiT, dict[str, Tensor]]:
     state, golden = read("dit")
-    return import_dit(state, num_heads=4), golden
+    generator = import_dit(state, num_heads=4).build().eval()
+    assert isinstance(generator, DiT)
+    return generator, golden
 
 
 def lengths_of(golden: dict[str, Tensor]) -> Tensor:
@@ -98,6 +100,6 @@ def test_checkpoints_of_something_else() -> None:
     with pytest.raises(OfficialError, match="no 32"):
         import_dit(state)
     with pytest.raises(OfficialError, match="extra"):
-        import_dit(state | {"extra": torch.zeros(2)}, num_heads=4)
+        import_dit(state | {"extra": torch.zeros(2)}, num_heads=4).build()
     with pytest.raises(OfficialError, match="time"):
-        import_dit({name: value for name, value in state.items() if "t_embedder" not in name}, num_heads=4)
+        import_dit({name: value for name, value in state.items() if "t_embedder" not in name}, num_heads=4).build()

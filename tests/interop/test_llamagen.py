@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from framework.config import ConfigError
 from framework.generators.autoregressive import LlamaGenAR
 from framework.generators.guidance import Guidance, guided
 from framework.generators.sampling import Sampling
@@ -20,9 +21,15 @@ from tests.interop.golden import assert_near, read
 NUM_TOKENS, HEADS = 16, 4
 
 
+def built(state: dict[str, Tensor], num_tokens: int | None = NUM_TOKENS) -> LlamaGenAR:
+    generator = import_llamagen(state, num_tokens, num_heads=HEADS).build().eval()
+    assert isinstance(generator, LlamaGenAR)
+    return generator
+
+
 def generator_of() -> tuple[LlamaGenAR, dict[str, Tensor]]:
     state, golden = read("llamagen_ar")
-    return import_llamagen(state, NUM_TOKENS, num_heads=HEADS), golden
+    return built(state), golden
 
 
 @torch.no_grad()
@@ -89,7 +96,8 @@ def test_wrappers_of_checkpoints(wrapper: str | None, tmp_path: Path) -> None:
     state["freqs_cis"] = golden["mid/freqs_cis"]
     file = tmp_path / "c2i.pt"
     torch.save(state if wrapper is None else {wrapper: state, "steps": 300}, file)
-    generator = import_llamagen(read_official([file]), NUM_TOKENS, num_heads=HEADS)
+    generator = built(read_official([file]), None)  # as many as there are positions in the file
+    assert generator.space.num_tokens == NUM_TOKENS
     assert torch.equal(generator.code_embedding, state["tok_embeddings.weight"])
 
 
@@ -100,6 +108,6 @@ def test_checkpoints_of_something_else() -> None:
     with pytest.raises(OfficialError, match="no class-conditional"):
         import_llamagen({n: v for n, v in state.items() if not n.startswith("cls")}, NUM_TOKENS)
     with pytest.raises(OfficialError, match="extra"):
-        import_llamagen(state | {"extra": torch.zeros(2)}, NUM_TOKENS, num_heads=HEADS)
-    with pytest.raises(ValueError, match="square grid"):
-        import_llamagen(state, 15, num_heads=HEADS)
+        built(state | {"extra": torch.zeros(2)})
+    with pytest.raises(ConfigError, match="square grid"):
+        built(state, 15)

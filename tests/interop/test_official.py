@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+from yaml import safe_load as parse_yaml
 
-from framework.config import load_config
+from framework.config import Config, Factory, Source, build, load_config
 from framework.engine.checkpoint import CheckpointError
 from framework.engine.frozen import frozen_digests, live_state
+from framework.generators.interface import Generator
 from framework.interop.convolutional import import_ldm, import_maskgit_vqgan, import_taming_vqgan
+from framework.interop.dit import import_dit
+from framework.interop.llamagen import import_llamagen
 from framework.interop.official import Imported, OfficialError, read_official, renamed
 from framework.interop.titok import import_titok
-from framework.runs import experiment_from
+from framework.runs import experiment_from, load_part
 from framework.tokenizers.autoencoders.autoencoder_kl import AutoencoderKL
 from framework.tokenizers.autoencoders.vqgan import MaskGITVQGAN, TamingVQGAN
 from framework.tokenizers.tokenizer import Tokenizer
@@ -288,6 +292,34 @@ def test_convert_writes_what_weights_loads(
         experiment_from(tiny_config(tmp_path / "run", *lines, f"tokenizer.{part}.num_res_blocks=2"))
 
 
+class Holder:
+    def __init__(self, generator: Factory[Generator]) -> None:
+        self.generator = generator
+
+
+@pytest.mark.parametrize("family, name", [("llamagen", "llamagen_ar"), ("dit", "dit")])
+def test_convert_writes_generators(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a run's ``task.generator``, where the tokenizer says the token space."""
+    importer: Callable[..., Imported] = {"llamagen": import_llamagen, "dit": import_dit}[family]
+    monkeypatch.setattr(f"framework.interop.{family}.HEADS", {32: 4})
+    source, out = save_state(name, tmp_path / "official.pt"), tmp_path / "out.safetensors"
+    assert run_tool(monkeypatch, "convert", "import", family, source, out) == 0
+    told, yaml = capsys.readouterr().out.split(":\n", 1)
+    assert told.endswith("at task.generator") and f"weights: {out}" in yaml and "num_heads: 4" in yaml
+    imported = importer(read(name)[0])
+    node = Config({"generator": parse_yaml(yaml)}, {(): Source("what convert printed")})
+    generator = build(node, Holder, load_part).generator(space=imported.token_space)
+    assert type(generator) is type(imported.build())
+    assert_same_state(generator, imported.build())
+
+
+def assert_same_state(first: nn.Module, second: nn.Module) -> None:
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def lines_of(yaml: str) -> list[str]:
     return [line for line in yaml.splitlines() if line]
 
@@ -318,7 +350,7 @@ def test_convert_says_what_is_wrong(
 ) -> None:
     out = tmp_path / "out.safetensors"
     for family, source, reason in (
-        ("titok", save_state("vavae", tmp_path / "vae.pt"), "this is no titok checkpoint: it has no tensor '"),
+        ("titok", save_state("vavae", tmp_path / "vae.pt"), "this is no titok checkpoint, it has no tensor '"),
         ("ldm", FOLDER / "vavae.json", "cannot be read as tensors"),
         ("ldm", save_state("taming_vqgan", tmp_path / "vqgan.pt"), 'in state_dict: "quantizer.codebook"'),
     ):
