@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory of a generator")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run or exported folder of a generator")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--num", type=count, default=64, metavar="N", help="images, 64 unless given, classes in turn")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="labels from 0, all unless given")

@@ -5,13 +5,25 @@ Shapes: b batch, h and w pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from framework.generators.guidance import Guidance
-from framework.generators.interface import Generator
+from framework.generators.interface import Generator, TokenSpace
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
+
+
+def token_space(tokenizer: Tokenizer, budgets: Sequence[int], num_classes: int) -> TokenSpace:
+    """The sequences of a tokenizer at some lengths.
+
+    Raises:
+        ValueError: as ``TokenSpace``.
+    """
+    vocabulary = tokenizer.quantizer.vocabulary
+    return TokenSpace(tokenizer.num_tokens, tokenizer.token_dim, vocabulary, tuple(budgets), num_classes)
 
 
 class ImageGenerator(nn.Module):

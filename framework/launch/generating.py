@@ -31,7 +31,8 @@ from framework.evaluation.tables import columns_text
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.interface import Generator
-from framework.models.loading import EVALUATION, LOSSES, Which, experiment_from, restore, run_config
+from framework.models.exported import is_exported
+from framework.models.loading import EVALUATION, LOSSES, Which, experiment_from, load, restore, run_config
 from framework.runtime.files import PARTIAL, digest, publish_folder, remove_folder, write_text
 from framework.runtime.weights import weights_digest
 
@@ -57,7 +58,7 @@ def generate_images(
     checkpoint: Which = "latest",
     **settings: Any,
 ) -> None:
-    """Make images, on the run's device, in a new folder.
+    """Make images, on the run's device or on the CPU where there is none, in a new folder.
 
     Image i is of class i modulo the number of classes, so that classes take turns, as the ADM evaluator's inception
     score needs them; it depends on (seed, i, its class and length, guidance, settings), and not on how many there are.
@@ -66,7 +67,7 @@ def generate_images(
     ``record.json`` with all that made them. It comes to its name when all of it is there.
 
     Args:
-        run: the directory of a generator's run.
+        run: the directory of a generator's run, or a folder that ``tools/convert.py export`` has made of one.
         out: the folder.
         num: i.
         progress: told how far it is.
@@ -134,6 +135,11 @@ def generate_images(
 
 
 def _loaded(run: Path, checkpoint: Which) -> tuple[ImageGenerator, dict[str, object]]:
+    if is_exported(run):
+        model = load(run, checkpoint=checkpoint)
+        if not isinstance(model, ImageGenerator):
+            raise TypeError(f"{run} is no exported generator: its model is {type(model).__name__}")
+        return model, {"exported": str(run), "weights_sha256": weights_digest(model.state_dict())}
     experiment = experiment_from(run_config(run), unread=[LOSSES, EVALUATION])
     images = experiment.task.model
     if not isinstance(images, ImageGenerator):

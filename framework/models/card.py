@@ -15,6 +15,7 @@ from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.config import dump_yaml
 from framework.engine.experiment import Experiment
 from framework.evaluation.tables import markdown
+from framework.generators.image_generator import ImageGenerator
 from framework.tokenizers.interface import ImageSpace
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -44,13 +45,17 @@ def model_card(
         "licence": license or "not stated",
         **more,
     }
-    side = getattr(task.model, "image_size", 256)
-    header = ({"license": license.lower()} if license else {}) | {"library_name": "adatok", "tags": ["image-tokenizer"]}
+    if isinstance(task.model, ImageGenerator):
+        classes = f"torch.arange({min(8, task.model.num_classes)})"
+        tag, use = "image-generation", f"images = model.decode(model.generate({classes}, seed=0))"
+    else:
+        side = getattr(task.model, "image_size", 256)
+        tag, use = "image-tokenizer", f"rebuilt = model.decode(model.encode(torch.rand(2, 3, {side}, {side})))"
+    header = ({"license": license.lower()} if license else {}) | {"library_name": "adatok", "tags": [tag]}
     body = [
         f"# {name}",
         "It loads by itself, from this folder or by its id in the Hugging Face hub:",
-        f'```python\nimport torch, framework\n\nmodel = framework.load("{name}")\n'
-        f"rebuilt = model.decode(model.encode(torch.rand(2, 3, {side}, {side})))\n```",
+        f'```python\nimport torch, framework\n\nmodel = framework.load("{name}")\n{use}\n```',
         markdown([["", ""], *([fact, text] for fact, text in facts.items())], num_words=2),
         _yaml({"training data": experiment.data.train.protocol()}),
         "## Numbers",
@@ -65,6 +70,10 @@ def _facts(model: nn.Module) -> Words:
         budgets = model.policy.budgets
         chooses = f"{type(model.policy).__name__}, among {len(budgets)} lengths from {budgets[0]} to {budgets[-1]}"
         return {**_facts(model.tokenizer), "policy": chooses}
+    if isinstance(model, ImageGenerator):
+        lengths, tokenizer = model.budgets, _facts(model.tokenizer)
+        makes = f"of {model.num_classes} classes, in {len(lengths)} lengths from {lengths[0]} to {lengths[-1]}"
+        return {**tokenizer, "tokenizer": tokenizer["model"], "model": type(model.generator).__name__, "makes": makes}
     if isinstance(model, Tokenizer):
         vocabulary, parts = model.quantizer.vocabulary, (model, model.encoder, model.quantizer, model.decoder)
         token = f"{model.token_dim} floats" if vocabulary is None else f"one of {vocabulary:,} codes"
@@ -84,11 +93,16 @@ def _evaluations(run: Path, record: Mapping[str, object]) -> list[str]:
     for file in sorted(run.glob("evaluation*/metrics.json")):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # one that is damaged is none
             metrics = json.loads(file.read_bytes())
-            (protocol,) = [metrics[name]["protocol"] for name in ("rate_distortion", "allocation") if name in metrics]
-            measured = protocol.pop("weights")
+            if "held_out" in metrics:  # of a generator
+                protocol = measured = metrics["protocol"]
+                definitions = protocol.pop("definitions")
+            else:
+                (part,) = [metrics[name] for name in ("rate_distortion", "allocation") if name in metrics]
+                protocol, definitions = part["protocol"], metrics["definitions"]
+                measured = protocol.pop("weights")
             if all(measured[key] == record[key] for key in ("step", "weights", "seed")):
                 table = file.with_name("table.md").read_text().replace("in metrics.json", "below")
-                notes = _yaml({"protocol": protocol, "definitions": metrics["definitions"]})
+                notes = _yaml({"protocol": protocol, "definitions": definitions})
                 found += [f"### On {protocol['data'].get('split', 'some')} images", table, notes]
     return found
 

@@ -14,6 +14,7 @@ from framework.config.errors import dotted
 from framework.config.schema import Entries, Items, Part, Plan, Reader, Value
 from framework.engine.experiment import Experiment
 from framework.engine.run_directory import RunError
+from framework.generators.image_generator import ImageGenerator
 from framework.models.card import model_card
 from framework.models.exported import Exported, read_exported, write_exported
 from framework.models.loading import EVALUATION, LOSSES, Which, experiment_from, restore, run_config
@@ -79,9 +80,14 @@ def _nodes(tree: dict[str, Any], task: Task) -> dict[str, Any]:
         if isinstance(model, AdaptiveTokenizer):
             whole = {"tokenizer": tree["tokenizer"], "image_size": model.image_size}
             return whole | {"policy": tree["task"]["policy"]}
+        if isinstance(model, ImageGenerator):
+            whole = {"tokenizer": tree["tokenizer"], "image_size": model.tokenizer.image_size}
+            own = {name: tree["task"][name] for name in ("generator", "num_classes")}
+            return whole | own | {"budgets": list(model.budgets)}
     except (KeyError, StopIteration) as error:
         raise RunError(f"{type(task).__name__} does not say which node its model is built from: {error!r}") from error
-    raise RunError(f"tokenizers, policies and autoencoders are exported, and this run trains {type(model).__name__}")
+    kinds = "tokenizers, policies, generators and autoencoders"
+    raise RunError(f"{kinds} are exported, and this run trains {type(model).__name__}")
 
 
 def _separate(plan: Plan) -> tuple[list[str], bool]:

@@ -23,6 +23,8 @@ from framework.config.yaml import parse
 from framework.engine.checkpoint import read_weights
 from framework.engine.manifest import MANIFEST, CheckpointError, describe_file, read_manifest, write_manifest
 from framework.engine.run_directory import RunError
+from framework.generators.image_generator import ImageGenerator, token_space
+from framework.generators.interface import Generator
 from framework.runtime.files import write_bytes, write_text
 from framework.runtime.versions import installed_version
 from framework.runtime.weights import weights_digest
@@ -42,6 +44,9 @@ class Exported(nn.Module):
         tokenizer: the tokenizer, alone or with its policy.
         image_size: side of the tokenizer's images in pixels.
         policy: what chooses lengths for the tokenizer.
+        generator: of the tokenizer's tokens, in place of a policy.
+        num_classes: of the generator.
+        budgets: lengths that the generator makes.
         space: an autoencoder, where that is the model.
 
     Attributes:
@@ -56,21 +61,32 @@ class Exported(nn.Module):
         tokenizer: Factory[Tokenizer] | None = None,
         image_size: int | None = None,
         policy: Factory[AllocationPolicy] | None = None,
+        generator: Factory[Generator] | None = None,
+        num_classes: int | None = None,
+        budgets: tuple[int, ...] | None = None,
         space: ImageSpace | None = None,
     ) -> None:
         super().__init__()
         self.space = space
+        own = [generator is None, num_classes is None, budgets is None]
+        if len(set(own)) > 1 or (generator is not None and policy is not None):
+            raise ValueError("a generator comes with its num_classes and budgets, and without a policy")
         if tokenizer is not None and image_size is not None and space is None:
             self.tokenizer = tokenizer(image_size=image_size)
             self.model: nn.Module = self.tokenizer
+            if generator is not None and num_classes is not None and budgets is not None:
+                made = generator(space=token_space(self.tokenizer, budgets, num_classes))
+                self.model = ImageGenerator(made, self.tokenizer)
             if policy is not None:
                 sizes = {"num_tokens": self.tokenizer.num_tokens, "feature_dim": self.tokenizer.encoder.feature_dim}
                 self.policy = policy(**sizes)
                 self.model = AdaptiveTokenizer(self.tokenizer, self.policy)
-        elif space is not None and tokenizer is None and image_size is None and policy is None:
+        elif space is not None and all(part is None for part in (tokenizer, image_size, policy, generator)):
             self.model = space
         else:
-            raise ValueError("a model is a tokenizer with image_size, and perhaps with a policy; or a space alone")
+            raise ValueError(
+                "a model is a tokenizer with image_size, perhaps with a policy or a generator; or a space alone"
+            )
 
 
 def is_exported(folder: Path) -> bool:

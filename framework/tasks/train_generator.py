@@ -23,8 +23,8 @@ from framework.evaluation.generator_report import HeldOut, evaluate_generator
 from framework.evaluation.labels import labels_of
 from framework.evaluation.token_coding import encode_images
 from framework.generators.guidance import Guidance
-from framework.generators.image_generator import ImageGenerator
-from framework.generators.interface import Generator, TokenSpace
+from framework.generators.image_generator import ImageGenerator, token_space
+from framework.generators.interface import Generator
 from framework.runtime.weights import weights_digest
 from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
 from framework.tokenizers.interface import AllocationPolicy
@@ -83,13 +83,8 @@ class TrainGenerator(Task):
                     "the policy stays as it is while a generator is trained for it: set task.policy.frozen=true and "
                     "task.policy.weights to the run that has trained it"
                 )
-        space = TokenSpace(
-            tokenizer.num_tokens,
-            tokenizer.token_dim,
-            tokenizer.quantizer.vocabulary,
-            (tokenizer.num_tokens,) if self.policy is None else tuple(self.policy.budgets),
-            num_classes,
-        )
+        budgets = (tokenizer.num_tokens,) if self.policy is None else self.policy.budgets
+        space = token_space(tokenizer, budgets, num_classes)
         self.images = ImageGenerator(generator(space=space), tokenizer)
         self.looks = looks
         self.guidance = guidance or Guidance(1.5)

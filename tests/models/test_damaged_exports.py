@@ -271,3 +271,24 @@ def test_what_the_card_says_and_what_lies_beside_does_not_matter(sound: Path, tm
     assert weights_digest(framework.load(folder).state_dict()) == expected
     forge_key({"step": 3}, "made")(folder)
     assert weights_digest(framework.load(folder).state_dict()) == expected
+
+
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (setting(10**12, "num_classes"), LARGER),
+        (setting(10**12, "generator", "width"), LARGER),
+        (setting(-1, "num_classes"), "at least one each"),
+        (setting([4, 2], "budgets"), "that increase"),
+        (setting([2, 10**12], "budgets"), "lengths from 1 to 4"),
+        (setting([2, 3], "budgets"), APART),
+        (setting(None, "budgets"), "comes with its num_classes and budgets"),
+    ],
+)
+def test_forged_generators(harm: Harm, reason: str, tmp_path: Path) -> None:
+    own = {"name": "DiT", "size": None, "width": 32, "depth": 1, "num_heads": 2}
+    exported(tmp_path / "made", TREE | {"generator": own, "num_classes": 3, "budgets": [2, 3, 4]})
+    assert framework.load(tmp_path / "made").num_classes == 3
+    harm(tmp_path / "made")
+    with pytest.raises(REFUSED, match=reason):
+        framework.load(tmp_path / "made")

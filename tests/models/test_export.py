@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,11 +22,13 @@ from torch import nn
 import framework
 from framework import runs
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
+from framework.config import Config, ConfigError, Source, build
 from framework.engine.checkpoint import CheckpointError
 from framework.engine.experiment import Experiment
+from framework.generators.image_generator import ImageGenerator
 from framework.models.card import _without_folders
 from framework.models.export import export
-from framework.models.exported import is_exported
+from framework.models.exported import Exported, is_exported
 from framework.runs import RunError
 from framework.runtime import files
 from framework.runtime.weights import weights_digest
@@ -173,7 +176,8 @@ def test_the_configuration_is_that_of_the_model_alone(tiny_policy: Path, tiny_ru
     config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     whole = yaml.safe_load((tiny_policy / "config.yaml").read_text())
     assert whole["tokenizer"].pop("weights") == str(tiny_run) and whole["tokenizer"].pop("frozen") is True
-    expected = {"tokenizer": whole["tokenizer"], "image_size": 16, "policy": whole["task"]["policy"], "space": None}
+    expected = {"tokenizer": whole["tokenizer"], "image_size": 16, "policy": whole["task"]["policy"]}
+    expected |= dict.fromkeys(("generator", "num_classes", "budgets", "space"))
     assert config == expected
     told = text_of(tmp_path / "out")
     assert str(tmp_path) not in told and str(tiny_run.parent) not in told
@@ -324,6 +328,41 @@ def test_a_task_with_a_model_of_another_kind_is_refused(
     monkeypatch.setattr("framework.models.export.restore", other)
     with pytest.raises(RunError, match="autoencoders are exported, and this run trains Linear"):
         export(tiny_run, tmp_path / "out")
+
+
+def test_a_generator_comes_with_its_tokenizer(
+    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made"
+    assert run_tool(monkeypatch, "convert", "export", generator_run, out, "--license", "MIT") == 0
+    ours, theirs = framework.load(out), framework.load(generator_run)
+    assert isinstance(ours, ImageGenerator) and isinstance(theirs, ImageGenerator)
+    assert ours.generator.space == theirs.generator.space
+    labels = torch.arange(6)
+    tokens, same = (model.generate(labels, seed=1) for model in (ours, theirs))
+    assert torch.equal(tokens.latents, same.latents) and torch.equal(tokens.lengths, same.lengths)
+    assert torch.equal(ours.decode(tokens), theirs.decode(same))
+    card = (out / "README.md").read_text()
+    assert f"| model | {type(ours.generator).__name__} |" in card and "| makes | of 10 classes, in " in card
+    assert "model.decode(model.generate(torch.arange(8), seed=0))" in card
+    assert "### On validation images" in card and "| samples, guidance 1 |" in card and "length_kl" in card
+
+    pixels = []
+    for source in (out, generator_run):
+        folder = tmp_path / f"samples of {source.name}"
+        assert run_tool(monkeypatch, "generate", "--run", source, "--num", 3, "--out", folder) == 0
+        pixels.append(np.load(folder / "samples.npz")["arr_0"])
+    assert (pixels[0] == pixels[1]).all()
+    assert json.loads((tmp_path / "samples of made/record.json").read_text())["run"]["exported"] == str(out)
+    exported(tmp_path / "tokenizer", TREE)
+    assert run_tool(monkeypatch, "generate", "--run", tmp_path / "tokenizer", "--out", tmp_path / "none") == 2
+    assert "is no exported generator: its model is Tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [{"num_classes": 3}, {"budgets": [2]}, {"generator": {"name": "DiT", "size": "S"}}])
+def test_parts_of_a_generator_that_is_not_whole(extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a generator comes with its num_classes and budgets"):
+        build(Config(TREE | extra, {(): Source("a test")}), Exported, lambda module, source, path: None)
 
 
 # As the source of weights

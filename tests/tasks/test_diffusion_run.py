@@ -19,6 +19,7 @@ from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.latent_scale import LatentScale
 from framework.generators.masked import MaskGIT
+from framework.models.export import export
 from tests.tiny_run import generator_config
 
 SMALL = {
@@ -68,6 +69,10 @@ def test_a_run_keeps_what_it_has_learned_from_the_data(name: str, tmp_path: Path
     some = model.generate(labels[7:9], seed=3, guidance=Guidance(2.0), sample_ids=torch.tensor([7, 8]))
     torch.testing.assert_close(some.latents, tokens.latents[7:9], rtol=1e-4, atol=1e-4)
     assert model.decode(tokens).shape == (20, 3, 16, 16)
+    export(folder / "run", folder / "exported")
+    again = framework.load(folder / "exported")
+    assert isinstance(again, ImageGenerator)
+    assert torch.equal(again.generate(labels, seed=3, guidance=Guidance(2.0)).latents, tokens.latents)
     if isinstance(generator, DiT):
         assert file.statistics is not None
         scale = LatentScale(generator.space, generator.scale.shrinkage)
