@@ -34,9 +34,9 @@ class Training:
         keep_last: how many verified checkpoints stay on disk.
         best: also keep the best checkpoint by a metric of validations, such as ``{metric: validation/mse@16}``; one is
             saved whenever a validation improves on it.
-        accumulate: equal micro-batches that a process's images are split into, to fit memory. The step is that of the
-            whole batch, to the rounding of floats, where losses are means over images and random numbers are drawn
-            for each image.
+        accumulate: equal micro-batches that a process's images are split into, to fit memory; token sequences by
+            length, about as many tokens in each, which spares padding. The step is that of the whole batch, to the
+            rounding of floats, where losses are means over images and random numbers are drawn for each image.
         recompute: activation checkpointing: keep the transformer blocks' inputs only, and compute what lies between
             again going backward; the same numbers for less memory and about a third more time.
         compile: compile the transformer blocks (torch.compile); takes a minute at each start and changes last bits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,13 +51,22 @@ def freeze(task: Task, globs: Sequence[str]) -> None:
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """A batch in ``count`` equal parts: in its order, or, of tokens, short ones with short ones and without padding."""
+    """A batch in ``count`` parts: of images equally many in their order; of tokens about equally many, by length.
+
+    Short sequences then stand with short ones, without much padding, and no part takes more memory than the others.
+    """
     if count == 1:
         return [batch]
-    if batch.tokens is not None:
-        batch = batch.select(batch.tokens.lengths.argsort(stable=True).tolist())
-    size = len(batch.images) // count
-    return [batch.select(range(start, start + size)) for start in range(0, size * count, size)]
+    if batch.tokens is None:
+        size = len(batch.images) // count
+        return [batch.select(range(start, start + size)) for start in range(0, size * count, size)]
+    lengths, rows = batch.tokens.lengths.sort(stable=True)
+    tokens = lengths.cumsum(0)
+    cuts = [0]
+    for part in range(1, count):
+        cut = int(torch.searchsorted(tokens, tokens[-1] * part / count, right=True))
+        cuts.append(min(max(cut, cuts[-1] + 1), len(rows) - count + part))  # at least one row in each
+    return [batch.select(rows[a:b].tolist()) for a, b in pairwise([*cuts, len(rows)])]
 
 
 def share_parameters(task: Task) -> dict[str, NamedParameters]:

@@ -133,11 +133,12 @@ class LlamaGenAR(Generator):
         """
         if tokens.codes is None:
             raise ValueError("an autoregressive generator learns from codes, and these tokens have none")
-        lengths, longest = tokens.lengths, self.space.longest
+        tokens, longest = tokens.truncate(int(tokens.lengths.max())), self.space.longest
+        assert tokens.codes is not None
+        codes, lengths = tokens.codes, tokens.lengths
         dropped = torch.rand(len(labels), generator=generator).to(labels.device) < self.label_dropout
         if self.training:
             labels = labels.masked_fill(dropped, self.space.num_classes)
-        codes = tokens.codes[:, :longest]
         every = self.states(codes[:, : longest - 1], labels, lengths)
         states = every[:, self.length.starts - 1 :]
         places = torch.arange(states.shape[1], device=labels.device).expand(len(states), -1)

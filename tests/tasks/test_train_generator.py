@@ -122,7 +122,8 @@ def test_every_token_of_a_step_counts_the_same() -> None:
     numbers = move(whole, [batch_of(range(12))])
     assert (whole.generator.code_embedding - start.generator.code_embedding).abs().max() > 1e-4
     parts = micro_batches(batch_of(range(12)), 3)
-    assert [sorted(set(part.tokens.lengths.tolist())) for part in parts if part.tokens] == [[1, 2], [3, 4], [5, 6]]
+    lengths = [part.tokens.lengths.tolist() for part in parts if part.tokens]
+    assert lengths == [[1, 1, 2, 2, 3, 3], [4, 4, 5], [5, 6, 6]]  # 12, 13 and 17 tokens
     move(in_parts, parts)
     barrier = threading.Barrier(2)
     held: dict[int, list[Tensor]] = {}
@@ -142,6 +143,14 @@ def test_every_token_of_a_step_counts_the_same() -> None:
     assert numbers["mean_length"] == 3.5 and numbers["nll"] == pytest.approx(
         numbers["code"] + numbers["stop"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("lengths", [[16, 1, 1, 1], [1, 1, 1, 16], [16, 16, 1, 1], [3, 3, 3, 3]])
+def test_no_micro_batch_is_empty(lengths: list[int]) -> None:
+    tokens = Tokens(torch.zeros(4, 16, 0), torch.tensor(lengths), torch.zeros(4, 16, dtype=torch.long))
+    keys = ["a", "b", "c", "d"]
+    parts = micro_batches(Batch(torch.zeros(4, 3, 0, 0), keys, keys, torch.zeros(4), tokens=tokens), 4)
+    assert sorted(key for part in parts for key in part.keys) == keys and {len(part.keys) for part in parts} == {1}
 
 
 # A run
