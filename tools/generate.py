@@ -12,6 +12,7 @@ examples:
   python tools/generate.py --run runs/adatok/ar --num 64 --classes 3 7 --guidance 1.5 --interval 0 0.5 --out samples
   python tools/generate.py --run runs/adatok/ar --num 50000 --guidance 1.5 --seed 1 --batch 128 --out many
 Image i depends on the seed, i and its class, not on --num, --batch and --policy. record.json has all that made them.
+A command that was stopped goes on when it is given again.
 """
 
 
@@ -61,7 +62,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing is left behind under that name", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

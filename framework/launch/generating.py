@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import ZipFile
 
 import numpy as np
@@ -40,6 +40,8 @@ ERRORS = (ConfigError, runs.RunError, CheckpointError, ValueError, TypeError, OS
 """Those that are for people."""
 CALLS = 4
 """Times as many images are asked for together as are made at a time, so that rows of finished ones are used again."""
+UNFINISHED = "unfinished.json"
+"""Which images a folder without its name is to have, and the lengths of those that it has."""
 PER_CLASS, CLASSES = 8, 20
 """Images in the picture, at most."""
 SAMPLING = ("temperature", "top_k", "top_p")
@@ -64,7 +66,8 @@ def generate_images(
     score needs them; it depends on (seed, i, its class and length, guidance, settings), and not on how many there are.
     The folder has ``images/``, ``samples.csv`` with their classes and lengths, ``grid.png`` of some of each class,
     ``samples.npz`` with ``arr_0 (i, h, w, 3)`` uint8 for the ADM evaluator and labels ``arr_1 (i,)``, and
-    ``record.json`` with all that made them. It comes to its name when all of it is there.
+    ``record.json`` with all that made them. It comes to its name when all of it is there; a command that was stopped
+    goes on where it was when the same is asked for again.
 
     Args:
         run: the directory of a generator's run, or a folder that ``tools/convert.py export`` has made of one.
@@ -98,24 +101,6 @@ def generate_images(
     if lengths is not None:
         generator.space.check_lengths(torch.tensor(lengths))
         asked = torch.tensor(lengths)[numbers // len(chosen) % len(lengths)]
-    partial = out.with_name(out.name + PARTIAL)
-    if partial.exists():
-        remove_folder(partial)  # of a command that was stopped
-    (partial / "images").mkdir(parents=True)
-    kept: list[int] = []
-    progress("images", 0, num)
-    with _pixels(partial, num, images.tokenizer.size, labels) as pixels:
-        for rows in numbers.split(CALLS * getattr(generator, "batch_size", PER_CLASS)):
-            given = None if asked is None else asked[rows]
-            tokens = images.generate(labels[rows], seed=seed, sample_ids=rows, guidance=guidance, lengths=given)
-            kept += tokens.lengths.tolist()
-            pixels[rows] = rearrange(to_uint8(images.decode(tokens)).cpu(), "i c h w -> i h w c").numpy()
-            for row in rows.tolist():
-                Image.fromarray(pixels[row]).save(partial / "images" / f"{row:08}.png")
-            progress("images", len(kept), num)
-        _write_grid(pixels, labels, kept, partial / "grid.png")
-    names = [f"{number:08}.png" for number in range(num)]
-    write_text(partial / "samples.csv", columns_text({"image": names, "label": labels.tolist(), "tokens": kept}))
     made = {
         "run": record,
         "generator": {"name": type(generator).__name__, **_settings(generator)},
@@ -124,8 +109,30 @@ def generate_images(
         "classes": chosen.tolist(),
         "guidance": asdict(guidance),
         "asked_lengths": lengths,
-        "lengths": {str(budget): count for budget, count in sorted(Counter(kept).items())},
         "samples.npz": f"arr_0 uint8 (i, h, w, 3), {UINT8_RULE}; arr_1 int64 labels; classes take turns",
+    }
+    partial = out.with_name(out.name + PARTIAL)
+    kept = _begun(partial, made)
+    if kept:
+        say(f"going on behind the first {len(kept)} images in {partial}")
+    progress("images", len(kept), num)
+    with _pixels(partial, num, images.tokenizer.size, labels) as pixels:
+        left = numbers[len(kept) :]
+        for rows in left.split(CALLS * getattr(generator, "batch_size", PER_CLASS)) if len(left) else ():
+            given = None if asked is None else asked[rows]
+            tokens = images.generate(labels[rows], seed=seed, sample_ids=rows, guidance=guidance, lengths=given)
+            pixels[rows] = rearrange(to_uint8(images.decode(tokens)).cpu(), "i c h w -> i h w c").numpy()
+            for row in rows.tolist():
+                Image.fromarray(pixels[row]).save(partial / "images" / f"{row:08}.png")
+            kept += tokens.lengths.tolist()
+            pixels.flush()
+            write_text(partial / UNFINISHED, json.dumps({"made": made, "lengths": kept}, default=str))
+            progress("images", len(kept), num)
+        _write_grid(pixels, labels, kept, partial / "grid.png")
+    names = [f"{number:08}.png" for number in range(num)]
+    write_text(partial / "samples.csv", columns_text({"image": names, "label": labels.tolist(), "tokens": kept}))
+    made |= {
+        "lengths": {str(budget): count for budget, count in sorted(Counter(kept).items())},
         "made": circumstances() | {"device": str(next(images.parameters()).device)},
     }
     write_text(partial / "record.json", json.dumps(made, indent=1, default=str) + "\n")
@@ -173,18 +180,32 @@ def _set(generator: Generator, settings: Mapping[str, Any]) -> None:
         setattr(generator, owner, replace(before, **{name: value}) if name in SAMPLING else value)
 
 
+def _begun(partial: Path, made: Mapping[str, object]) -> list[int]:
+    """Lengths of the images that a command which was stopped has left in a folder, if it was to make the same."""
+    with suppress(OSError, ValueError, LookupError):
+        found = json.loads((partial / UNFINISHED).read_bytes())
+        if found["made"] == json.loads(json.dumps(made, default=str)):
+            return [int(length) for length in found["lengths"]]
+    if partial.exists():
+        remove_folder(partial)
+    (partial / "images").mkdir(parents=True)
+    return []
+
+
 @contextmanager
-def _pixels(folder: Path, num: int, size: tuple[int, int], labels: Tensor) -> Iterator[NDArray[np.uint8]]:
+def _pixels(folder: Path, num: int, size: tuple[int, int], labels: Tensor) -> Iterator[Any]:
     """An array on disk, which becomes ``samples.npz`` when it is full: there may be more images than memory."""
     files = [folder / f"arr_{number}.npy" for number in range(2)]
-    pixels = np.lib.format.open_memmap(files[0], mode="w+", dtype=np.uint8, shape=(num, *size, 3))
+    mode: Literal["r+", "w+"] = "r+" if files[0].exists() else "w+"
+    pixels = np.lib.format.open_memmap(files[0], mode=mode, dtype=np.uint8, shape=(num, *size, 3))
     yield pixels
     pixels.flush()
     np.save(files[1], labels.numpy())
     with ZipFile(folder / "samples.npz", "w") as archive:
         for file in files:
             archive.write(file, file.name)
-            file.unlink()
+    for file in (folder / UNFINISHED, *files):  # in this order: what is left without it is not gone on with
+        file.unlink()
 
 
 def _write_grid(pixels: NDArray[np.uint8], labels: Tensor, lengths: Sequence[int], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,19 +105,40 @@ def test_an_image_depends_neither_on_how_many_there_are_nor_on_the_policy(genera
     assert np.abs(few - other).max() > 1 and np.abs(few - cool).max() > 1
 
 
-def test_a_command_that_was_stopped_leaves_no_folder(
-    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stopped_in", ["_write_grid", "write_text"])
+def test_a_command_that_was_stopped_goes_on(
+    generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
 ) -> None:
-    def stop(*args: object) -> None:
-        raise KeyboardInterrupt
+    """Where it was, if it is to make the same; otherwise from the beginning."""
+    wanted = {"num": 9, "batch_size": 1, "progress": silent}
+    calls: list[object] = []
+    once = getattr(generating, stopped_in)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(generating, "_write_grid", stop)
-        with pytest.raises(KeyboardInterrupt):
-            generate_images(generator_run, tmp_path / "out", 9, silent, silent)
-    assert not (tmp_path / "out").exists()
-    generate_images(generator_run, tmp_path / "out", 3, silent, silent)
-    assert len(list((tmp_path / "out/images").iterdir())) == 3 and len(list(tmp_path.iterdir())) == 1
+    def stop(*args: object) -> None:
+        calls.append(args)
+        if stopped_in == "_write_grid" or len(calls) == 2:  # of three parts the second was made, and not noted
+            raise KeyboardInterrupt
+        once(*args)
+
+    generate_images(generator_run, tmp_path / "whole", say=silent, **wanted)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(generating, stopped_in, stop)
+        generate_images(generator_run, tmp_path / "out", say=silent, **wanted)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out.partial"}
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    told: list[str] = []
+    generate_images(generator_run, tmp_path / "out", say=told.append, **wanted)
+    assert f"going on behind the first {9 if stopped_in == '_write_grid' else 4} images" in told[0]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert {path.name for path in whole.iterdir()} == {path.name for path in out.iterdir()}
+    assert (pixels_of(whole) == pixels_of(out)).all()
+    assert (whole / "samples.csv").read_bytes() == (out / "samples.csv").read_bytes()
+    assert all((out / "images" / file.name).read_bytes() == file.read_bytes() for file in (whole / "images").iterdir())
+
+    told.clear()
+    generate_images(generator_run, tmp_path / "other", 3, silent, told.append)
+    assert "going on" not in told[0] and len(list((tmp_path / "other/images").iterdir())) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "other"}
 
 
 @pytest.mark.parametrize(
