@@ -107,8 +107,11 @@ def comparison_texts(found: Mapping[str, Any]) -> list[str]:
             columns[name]["FID" if metric == "fid" else metric] = f"{numbers[metric]:.4g}"
             notes += [f"Note: {note}." for note in numbers["notes"]]
         protocol, network = of["protocol"], of["protocol"]["features"]
+        reference = protocol["reference"]
+        if "data" in reference:  # images of ours, told whole in metrics.json
+            reference = f"{reference['images']:,} images of {reference['data'].get('split', 'the training data')}"
         notes.append(
-            f"{metric}: against {protocol['reference']}, in {network['network']}, {network['resize']}, weights "
+            f"{metric}: against {reference}, in {network['network']}, {network['resize']}, weights "
             f"{network['weights_sha256'][:12]}."
         )
     if not columns:
