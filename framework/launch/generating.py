@@ -60,7 +60,7 @@ def generate_images(
     checkpoint: Which = "latest",
     **settings: Any,
 ) -> None:
-    """Make images, on the run's device or on the CPU where there is none, in a new folder.
+    """Make images, on the run's device, or on the CPU with an exported model, in a new folder.
 
     Image i is of class i modulo the number of classes, so that classes take turns, as the ADM evaluator's inception
     score needs them; it depends on (seed, i, its class and length, guidance, settings), and not on how many there are.
