@@ -7,20 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from framework.launch.options import count
+
 EXAMPLE = """\
 examples:
   OMP_NUM_THREADS=1 python tools/benchmark.py train --config projects/adatok/ntm.yaml
   OMP_NUM_THREADS=1 python tools/benchmark.py decode --config projects/adatok/ntm.yaml
   OMP_NUM_THREADS=1 python tools/benchmark.py generate --run runs/adatok/ar --batch 1 8 32
   OMP_NUM_THREADS=1 python tools/benchmark.py generate --official path/to/LlamaGen
+  OMP_NUM_THREADS=1 python tools/benchmark.py generate --official path/to/DiT --guidance 4 --steps 5
 train runs under torchrun too. decode and allocation read no images: IMAGENET_TRAIN=. IMAGENET_VAL=. will do.
 """
-
-
-def count(text: str) -> int:
-    if int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
 
 
 def parse() -> argparse.Namespace:
@@ -34,7 +31,7 @@ def parse() -> argparse.Namespace:
         ("allocation", 10, "time to choose lengths by a learned policy and by binary search, with random weights"),
         ("attention", 10, "explicit and fused attention, and which of them the framework takes"),
         ("data", 10, "images/s from a folder of images or shards: the framework, decoding alone, and other loaders"),
-        ("generate", 3, "decoding of shorter sequences by policy, against full length; or against LlamaGen's sampler"),
+        ("generate", 3, "decoding of shorter sequences by policy, against full length; or ours against official code"),
         ("quantizer", 10, "vector quantization, forward and backward: ours, TiTok's form, vector-quantize-pytorch"),
     ):
         command = commands.add_parser(name, help=text, description=text, **form)
@@ -54,10 +51,12 @@ def parse() -> argparse.Namespace:
     for option, default in (("codes", 4096), ("dim", 12), ("tokens", 256)):
         quantizer.add_argument(f"--{option}", default=default, help=f"{default} unless given", **number)
     generate.add_argument("--run", type=Path, metavar="DIR", help="of an autoregressive generator; else one is made")
-    generate.add_argument("--official", type=Path, metavar="DIR", help="a checkout of FoundationVision/LlamaGen")
+    generate.add_argument("--official", type=Path, metavar="DIR", help="a checkout of LlamaGen, or of DiT")
     generate.add_argument("--batch", dest="batch_sizes", nargs="+", help="1 8 32, with --official 8", **number)
     generate.add_argument("--guidance", type=float, default=2.0, metavar="SCALE", help="2 unless given; 1 is none")
-    generate.add_argument("--size", help="of LlamaGen, or WIDTHxDEPTHxHEADS; 128x4x4, with --official B")
+    generate.add_argument("--size", help="of LlamaGen, or WIDTHxDEPTHxHEADS; 128x4x4, with --official B or S/2")
+    generate.add_argument("--steps", help="of DDPM beside an official DiT, 10 unless given", **number)
+    generate.add_argument("--images", help="of a round for each at a time, 16 unless given", **number)
     generate.add_argument("--lengths", nargs="+", metavar="N|FILE", help="drawn from these, or a token file's")
     generate.add_argument("--modes", nargs="+", choices=("none", "eos", "hazard", "prefix"), help="all unless given")
     return parser.parse_args()

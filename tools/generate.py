@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from framework.launch.options import count
+
 EXAMPLE = """\
 examples:
   python tools/generate.py --run runs/adatok/ar --num 64 --out samples
@@ -14,12 +16,6 @@ examples:
 Image i depends on the seed, i and its class, not on --num, --batch and --policy. record.json has all that made them.
 A command that was stopped goes on when it is given again.
 """
-
-
-def count(text: str) -> int:
-    if int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from framework.launch.options import count
+
 EXAMPLE = """\
 examples:
   python tools/tokens.py encode my/photos --run runs/adatok/ata --out my/photos.tokens
@@ -16,12 +18,6 @@ examples:
   python tools/tokens.py info my/photos.tokens
 An encoding that was stopped goes on when the same command is run again. docs/tokens.md has the format.
 """
-
-
-def count(text: str) -> int:
-    if int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
 
 
 def parse() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from framework.config import ConfigError, load_config
 from framework.data.token_file import TokenFile
 from framework.engine import allocation_benchmark, benchmark, data_benchmark, generation_benchmark, quantizer_benchmark
 from framework.engine.checkpoint import CheckpointError
-from framework.engine.official_sampler import official_lines
+from framework.engine.official_dit import DIT, dit_lines
+from framework.engine.official_llamagen import LLAMAGEN, llamagen_lines
 from framework.generators.autoregressive import SIZES
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.length_modes import LENGTH_MODES
@@ -29,13 +30,14 @@ def generation_lines(
     official: Path | None = None,
     **given: Any,
 ) -> Iterator[str]:
-    """What decoding costs by policy, of a run or of a model that is made for it; or beside the official sampler.
+    """What decoding costs by policy, of a run or of a model that is made for it; or beside an official sampler.
 
     Args:
         rounds, guidance: as of ``generation_benchmark.generation_lines``.
-        batch_sizes: likewise; one number beside the official sampler.
+        batch_sizes: likewise; one number beside an official sampler.
         run: a run of a generator.
-        official: a checkout of LlamaGen, beside which ``size`` is one of its sizes, and ``tokens`` are of an image.
+        official: a checkout of LlamaGen or DiT, beside which ``size`` is one of its sizes, ``tokens`` are of LlamaGen's
+            image, and ``steps`` of DiT's sampler.
         given: else, ``size`` is that or WIDTHxDEPTHxHEADS, ``codes`` of the vocabulary, ``lengths`` numbers or a file
             of tokens, of whose lengths each is as likely, and ``modes`` how these are known; ``images`` of a round, for
             each at a time. What is ``None`` is not given.
@@ -45,15 +47,11 @@ def generation_lines(
         TypeError: if the run is none of an autoregressive generator.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    used = {"size", "tokens"} if official else {"images"} if run else {"size", "codes", "lengths", "modes", "images"}
-    if ignored := given.keys() - used:
-        raise ValueError(f"--{min(ignored)} has no part in this; what has is --{', --'.join(sorted(used))}")
     if official is not None:
-        if len(batch_sizes := batch_sizes or [8]) > 1:
-            raise ValueError("the official sampler is measured at one batch size: give --batch one number")
-        size, tokens = given.get("size", "B"), given.get("tokens", 256)
-        yield from official_lines(official, size, tokens, batch_sizes[0], guidance, rounds)
+        given |= {} if run is None else {"run": run}
+        yield from _official_lines(official, batch_sizes or [8], guidance, rounds, given)
         return
+    _refuse_others(given, {"images"} if run else {"size", "codes", "lengths", "modes", "images"})
     found: dict[str, Any] = {"rounds": rounds, "batch_sizes": batch_sizes or [1, 8, 32], "guidance": guidance}
     found["images_per_row"] = given.get("images", 16)
     if run is not None:
@@ -65,6 +63,28 @@ def generation_lines(
         found["lengths"] = _lengths(given.get("lengths", ["4", "8", "12", "16"]))
         found |= {"codes": given.get("codes", 4096), "modes": given.get("modes", LENGTH_MODES)}
     yield from generation_benchmark.generation_lines(**found)
+
+
+def _official_lines(
+    official: Path, batch_sizes: Sequence[int], guidance: float, rounds: int, given: dict[str, Any]
+) -> Iterator[str]:
+    sides = ((LLAMAGEN, llamagen_lines, {"size", "tokens"}), (DIT, dit_lines, {"size", "steps"}))
+    for repository, lines, used in sides:
+        if repository.missing(official):
+            continue
+        _refuse_others(given, used)
+        if len(batch_sizes) > 1:
+            raise ValueError("an official sampler is measured at one batch size: give --batch one number")
+        return lines(official, batch_sizes[0], guidance, rounds, **given)
+    known = " nor ".join(
+        f"of https://github.com/{each.name} ({each.missing(official)} is missing)" for each, *_ in sides
+    )
+    raise FileNotFoundError(f"{official} is a checkout neither {known}")
+
+
+def _refuse_others(given: Mapping[str, object], used: Collection[str]) -> None:
+    if ignored := given.keys() - used:
+        raise ValueError(f"--{min(ignored)} has no part in this; what has is --{', --'.join(sorted(used))}")
 
 
 def _size(text: str) -> Sequence[int]:

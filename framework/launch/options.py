@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from framework.config.yaml import parse_scalar
@@ -95,6 +95,17 @@ def minutes(limit: Option) -> int:
         parts = [0, *parts[:2]]
     seconds = ((days * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
     return -(-seconds // 60)
+
+
+def count(text: str) -> int:
+    """A number of at least 1: the ``type`` of an argument.
+
+    Raises:
+        ArgumentTypeError: if it is smaller.
+    """
+    if int(text) < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def add_flags(parser: ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from framework import runs
 from framework.engine import generation_benchmark
 from framework.engine.benchmark import Time, Times
 from framework.engine.generation_benchmark import DecodeCosts, model_of_lengths, time_policies
-from framework.engine.official_sampler import OfficialSampler
+from framework.engine.official_llamagen import OfficialSampler
 from framework.generators.decode_engine import DecodeStatistics
 from framework.generators.guidance import Guidance
 from framework.generators.length_modes import LengthModeName
@@ -99,11 +99,9 @@ def test_a_run_is_measured_with_its_decoder(monkeypatch: pytest.MonkeyPatch, tmp
     ("given", "message"),
     [
         ({"run": Path("run"), "codes": 8}, "--codes has no part"),
-        ({"official": Path("here"), "lengths": ["4"]}, "--lengths has no part"),
         ({"tokens": 16}, "--tokens has no part"),
         ({"size": "16x2"}, "such as 128x4x4; got '16x2'"),
         ({"lengths": ["4", "x.tokens"]}, "numbers, or one file"),
-        ({"official": Path("here"), "batch_sizes": [1, 8]}, "one batch size"),
     ],
 )
 def test_options_that_have_no_part(given: dict[str, Any], message: str) -> None:
@@ -199,7 +197,13 @@ def test_other_greedy_codes_are_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkout(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"FoundationVision/LlamaGen .*gpt\.py.* nor .*DiT \(models\.py is missing"
+    ):
+        list(benchmark_lines("generate", official=tmp_path, rounds=1))
     with pytest.raises(FileNotFoundError, match="FoundationVision/LlamaGen"):
         OfficialSampler(tmp_path, "B", 16)
     with pytest.raises(ValueError, match="no GPT-S; there are GPT-B"):
         OfficialSampler(checkout(tmp_path), "S", 16)
+    with pytest.raises(ValueError, match="--lengths has no part in this; what has is --size, --tokens"):
+        list(benchmark_lines("generate", official=tmp_path, rounds=1, lengths=["4"]))

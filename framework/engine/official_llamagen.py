@@ -1,32 +1,28 @@
-"""Our decoding engine beside the sampler of LlamaGen's own repository, with the same weights.
-
-Nothing of that repository is in this one: it is read from a checkout that the user names.
-"""
+"""Our decoding engine beside the sampler of LlamaGen's own repository, with the same weights."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from framework.engine.benchmark import machine, take_turns
+from framework.engine.official_checkout import Repository
 from framework.generators.autoregressive import LlamaGenAR
 from framework.generators.decode_engine import DecodeEngine
 from framework.generators.guidance import Guidance
 from framework.generators.sampling import Sampling
 from framework.interop.llamagen import import_llamagen
 
-FILES = ("autoregressive/models/gpt.py", "autoregressive/models/generate.py")
-PACKAGES = ("autoregressive", "utils")
-"""What a checkout brings; another package may be called ``utils``."""
+LLAMAGEN = Repository(
+    "FoundationVision/LlamaGen",
+    ("autoregressive/models/gpt.py", "autoregressive/models/generate.py"),
+    ("autoregressive", "utils"),
+)
 CODES, CLASSES = 16_384, 1000
 
 
@@ -34,7 +30,7 @@ class OfficialSampler:
     """LlamaGen's class-conditional model with random weights, and its sampler.
 
     Args:
-        checkout: of https://github.com/FoundationVision/LlamaGen.
+        checkout: of its repository.
         size: such as ``B``.
         tokens: codes of an image, a square.
 
@@ -44,11 +40,7 @@ class OfficialSampler:
     """
 
     def __init__(self, checkout: Path, size: str, tokens: int) -> None:
-        if missing := [name for name in FILES if not (checkout / name).is_file()]:
-            raise FileNotFoundError(
-                f"{checkout} has no {missing[0]}: name a checkout of https://github.com/FoundationVision/LlamaGen"
-            )
-        gpt, self.generate = _imported(checkout)
+        gpt, self.generate = LLAMAGEN.modules(checkout)
         if (name := f"GPT-{size}") not in gpt.GPT_models:
             raise ValueError(f"LlamaGen has no {name}; there are {', '.join(gpt.GPT_models)}")
         with torch.random.fork_rng(devices=[]):
@@ -70,8 +62,8 @@ class OfficialSampler:
         return drawn
 
 
-def official_lines(
-    checkout: Path, size: str, tokens: int, batch_size: int, guidance: float, rounds: int
+def llamagen_lines(
+    checkout: Path, batch_size: int, guidance: float, rounds: int, size: str = "B", tokens: int = 256
 ) -> Iterator[str]:
     """Whether both sides take the same likeliest codes, and times in which they draw codes.
 
@@ -102,26 +94,3 @@ def official_lines(
     yield times.table(batch_size)
     ratio = times.ratio("ours")
     yield f"ours is {1 / ratio.wall:.2f} times as fast, {1 / ratio.cpu:.2f} in CPU time"
-
-
-def _imported(checkout: Path) -> tuple[ModuleType, ModuleType]:
-    """Its model and its sampler; other modules of these names stay as they are."""
-    with _only(checkout):
-        gpt, generate = (import_module(name.removesuffix(".py").replace("/", ".")) for name in FILES)
-    return gpt, generate
-
-
-@contextmanager
-def _only(checkout: Path) -> Iterator[None]:
-    def taken() -> dict[str, ModuleType]:
-        names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
-        return {name: sys.modules.pop(name) for name in names}
-
-    before = taken()
-    sys.path.insert(0, str(checkout.resolve()))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(checkout.resolve()))
-        taken()
-        sys.modules.update(before)
