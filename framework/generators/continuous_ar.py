@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from framework.config.registry import Factory
 from framework.data.token_file import TokenFile
 from framework.generators.autoregressive import SIZES
 from framework.generators.diffusion_head import DiffusionHead
@@ -20,6 +21,7 @@ from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
 from framework.generators.key_value_cache import KeyValueCache, Step, attend_in
 from framework.generators.latent_scale import LatentScale
 from framework.generators.length_first import LengthFirst
+from framework.generators.length_prior import LengthPrior
 from framework.generators.samplers import Sampler
 from framework.generators.sizes import size_of
 from framework.nn.causal_transformer import CausalTransformer
@@ -46,7 +48,7 @@ class ContinuousAR(LengthFirst):
         draws: of noise for each training token.
         objective: of the head; null for ``Velocity``.
         sampler: of the head; null for ``Euler`` in 25 steps, or ``DDIM``.
-        prior_strength: kappa of the length prior.
+        length_prior: where lengths come from that nobody asks for; null for ``EmpiricalLengthPrior``.
         shrinkage: of the scale of latents, see ``LatentScale``.
         label_dropout: share of training sequences without class, for guidance.
         batch_size: sequences of the longest length at a time when generating; of shorter ones, as many tokens.
@@ -69,14 +71,14 @@ class ContinuousAR(LengthFirst):
         draws: int = 4,
         objective: DiffusionObjective | None = None,
         sampler: Sampler | None = None,
-        prior_strength: float = 50.0,
+        length_prior: Factory[LengthPrior] | None = None,
         shrinkage: float = 16.0,
         label_dropout: float = 0.1,
         batch_size: int = 64,
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, prior_strength, batch_size)
+        super().__init__(space, length_prior, batch_size)
         if space.vocabulary is not None:
             raise ValueError("ContinuousAR makes latents, and this tokenizer has codes: take LlamaGenAR")
         self.label_dropout = label_dropout
@@ -101,7 +103,7 @@ class ContinuousAR(LengthFirst):
     def inputs(self, latents: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
         """The transformer's inputs: the start, and latents at unit scale ``(b, t, d)``; ``(b, 1 + t, w)``."""
         start = F.embedding(labels, self.class_embedding)
-        start = start + F.embedding(torch.searchsorted(self.prior.budgets, lengths), self.length_embedding)
+        start = start + F.embedding(self.prior.places(lengths), self.length_embedding)
         tokens = self.embed(latents.to(self.embed.weight.dtype))
         return torch.cat([start[:, None], tokens], dim=1) + self.positions[: 1 + latents.shape[1]]
 
@@ -110,7 +112,7 @@ class ContinuousAR(LengthFirst):
         states: Tensor = self.transformer(self.inputs(latents[:, :-1], labels, lengths), None)
         return states
 
-    def loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+    def token_loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
         """The head's losses, means over the channels of every kept token."""
         tokens = tokens.truncate(int(tokens.lengths.max()))
         kept, count = tokens.mask, tokens.lengths.sum()

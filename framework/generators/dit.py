@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from framework.config.registry import Factory
 from framework.data.token_file import TokenFile
 from framework.generators.diffusion_objectives import DiffusionObjective, Velocity
 from framework.generators.guidance import Guidance, guided
 from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
 from framework.generators.latent_scale import LatentScale
 from framework.generators.length_first import LengthFirst
-from framework.generators.length_prior import equal_lengths
+from framework.generators.length_prior import LengthPrior, equal_lengths
 from framework.generators.samplers import DDIM, Euler, Sampler
 from framework.generators.sizes import Size, size_of
 from framework.nn.adaptive_transformer import AdaptiveTransformer, TimeEmbedding
@@ -49,7 +50,7 @@ class DiT(LengthFirst):
         rope_base: of the slowest pair's period, ``2 pi rope_base`` positions.
         objective: what is predicted; null for ``Velocity``.
         sampler: of the objective's; null for ``Euler``, and for ``DDIM`` where the objective is ``DDPM``.
-        prior_strength: kappa of the length prior.
+        length_prior: where lengths come from that nobody asks for; null for ``EmpiricalLengthPrior``.
         shrinkage: of the scale of latents, see ``LatentScale``.
         label_dropout: share of training sequences without class, for guidance.
         mixed_lengths: how a training batch of several lengths is computed: in ``groups`` of equal length, or at once
@@ -77,7 +78,7 @@ class DiT(LengthFirst):
         rope_base: float = 10_000.0,
         objective: DiffusionObjective | None = None,
         sampler: Sampler | None = None,
-        prior_strength: float = 50.0,
+        length_prior: Factory[LengthPrior] | None = None,
         shrinkage: float = 16.0,
         label_dropout: float = 0.1,
         mixed_lengths: Literal["groups", "key_padding"] = "groups",
@@ -86,7 +87,7 @@ class DiT(LengthFirst):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, prior_strength, batch_size)
+        super().__init__(space, length_prior, batch_size)
         if space.vocabulary is not None:
             raise ValueError("a DiT makes continuous tokens, and this tokenizer has codes: take LlamaGenAR or MaskGIT")
         self.label_dropout, self.mixed_lengths = label_dropout, mixed_lengths
@@ -126,7 +127,7 @@ class DiT(LengthFirst):
         condition = self.time(times) + F.embedding(labels, self.class_embedding)
         if self.length_embedding is None:
             return condition
-        return condition + self.length_embedding[torch.searchsorted(self.prior.budgets, lengths)]
+        return condition + self.length_embedding[self.prior.places(lengths)]
 
     def forward(
         self, x: Tensor, times: Tensor, labels: Tensor, lengths: Tensor, mask: Tensor | None = None
@@ -147,7 +148,7 @@ class DiT(LengthFirst):
         outputs: Tensor = self.head(hidden).float()
         return outputs
 
-    def loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+    def token_loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
         """The objective's losses, means over the channels of every kept token."""
         tokens = tokens.truncate(int(tokens.lengths.max()))
         mask, device = tokens.mask, labels.device

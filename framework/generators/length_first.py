@@ -6,39 +6,49 @@ Shapes: b batch, n tokens of the longest sequence, t of those of one length, d c
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from framework.config.registry import Factory
 from framework.data.token_file import TokenFile
 from framework.generators.guidance import Guidance
-from framework.generators.interface import Generator, TokenSpace
-from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
+from framework.generators.interface import Generator, GeneratorLoss, TokenSpace
+from framework.generators.length_prior import EmpiricalLengthPrior, LengthPrior, equal_lengths
 from framework.tokens import Tokens
 
 
 class LengthFirst(Generator):
-    """Lengths come from ``EmpiricalLengthPrior``; sequences of one length are made together, and none has padding.
+    """Lengths come from a ``LengthPrior``; sequences of one length are made together, and none has padding.
 
     Args:
         space: which sequences there are.
-        prior_strength: kappa of the length prior.
+        length_prior: where lengths come from; ``None`` for ``EmpiricalLengthPrior``.
         batch_size: sequences of the longest length at a time when generating; of shorter ones, as many tokens.
 
     Raises:
         ValueError: if a number does not fit.
     """
 
-    def __init__(self, space: TokenSpace, prior_strength: float, batch_size: int) -> None:
+    def __init__(self, space: TokenSpace, length_prior: Factory[LengthPrior] | None, batch_size: int) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         self.space, self.batch_size = space, batch_size
-        self.prior = EmpiricalLengthPrior(space, prior_strength)
+        self.prior: LengthPrior = (length_prior or EmpiricalLengthPrior)(space=space)
 
     def learn_from(self, file: TokenFile) -> None:
         """Lengths of each class."""
         self.prior.learn_from(file)
+
+    @abstractmethod
+    def token_loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+        """``loss`` without what the length prior learns."""
+
+    def loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+        found, sums = self.token_loss(tokens, labels, generator), self.prior.losses(labels, tokens.lengths)
+        return replace(found, losses=found.losses | {name: each / found.count for name, each in sums.items()})
 
     @abstractmethod
     def make(self, labels: Tensor, length: int, seed: int, sample_ids: Tensor, guidance: Guidance) -> Tensor:

@@ -139,7 +139,7 @@ class LengthPrefix(LengthMode):
 
     def losses(self, states: Tensor, starts: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         chosen = torch.searchsorted(self.budgets, lengths)
-        return {"length": F.cross_entropy(self.logits(starts), chosen, reduction="sum")}
+        return {"budget": F.cross_entropy(self.logits(starts), chosen, reduction="sum")}
 
 
 LENGTH_MODES: dict[LengthModeName, type[LengthMode]] = {

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from framework.config.registry import Factory
 from framework.generators.guidance import Guidance, guided
 from framework.generators.interface import GENERATORS, GeneratorLoss, TokenSpace
 from framework.generators.length_first import LengthFirst
-from framework.generators.length_prior import equal_lengths
+from framework.generators.length_prior import LengthPrior, equal_lengths
 from framework.generators.sampling import Sampling
 from framework.nn.attention import mask_to_bias
 from framework.nn.transformer import BlockOptions, Transformer
@@ -37,7 +38,7 @@ class MaskGIT(LengthFirst):
         steps: passes that make a sequence; shorter sequences take one for each token.
         noise: of confidences, in nats at the start, falling to 0 at the end: above 0 the order is drawn.
         sampling: how codes are drawn in each step.
-        prior_strength: kappa of the length prior.
+        length_prior: where lengths come from that nobody asks for; null for ``EmpiricalLengthPrior``.
         label_dropout: share of training sequences without class, for guidance.
         input_dropout: share of channels of the embedded inputs that training sets to 0.
         label_smoothing: share of the target that training spreads over all codes.
@@ -57,7 +58,7 @@ class MaskGIT(LengthFirst):
         steps: int = 8,
         noise: float = 4.5,
         sampling: Sampling | None = None,
-        prior_strength: float = 50.0,
+        length_prior: Factory[LengthPrior] | None = None,
         label_dropout: float = 0.1,
         input_dropout: float = 0.1,
         label_smoothing: float = 0.1,
@@ -65,7 +66,7 @@ class MaskGIT(LengthFirst):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, prior_strength, batch_size)
+        super().__init__(space, length_prior, batch_size)
         if space.vocabulary is None:
             raise ValueError("MaskGIT makes codes, and this tokenizer's tokens are continuous: take a DiT")
         if steps < 1 or noise < 0:
@@ -95,7 +96,7 @@ class MaskGIT(LengthFirst):
         What stands behind a length is not attended to.
         """
         start = F.embedding(labels, self.class_embedding)
-        start = start + F.embedding(torch.searchsorted(self.prior.budgets, lengths), self.length_embedding)
+        start = start + F.embedding(self.prior.places(lengths), self.length_embedding)
         x = F.embedding(codes, self.code_embedding) + self.positions[: codes.shape[1]]
         seen = torch.arange(-1, codes.shape[1], device=codes.device) < lengths[:, None]
         bias = None if bool(seen.all()) else mask_to_bias(seen)[:, None, None]
@@ -107,7 +108,7 @@ class MaskGIT(LengthFirst):
         logits: Tensor = self.head(self.states(codes, labels, lengths)).float()
         return logits
 
-    def loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
+    def token_loss(self, tokens: Tokens, labels: Tensor, generator: torch.Generator) -> GeneratorLoss:
         """Cross entropy of hidden codes, over their number, which is the count.
 
         The hidden share is arccos(u) 2 / pi, u uniform, as in TiTok; at least one code is. ``nll`` and ``accuracy`` are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from framework.generators.diffusion_objectives import DDPM
 from framework.generators.dit import SIZES, DiT
 from framework.generators.guidance import Guidance
 from framework.generators.interface import TokenSpace
+from framework.generators.length_prior import EmpiricalLengthPrior
 from framework.generators.samplers import DDIM, Ancestral, Euler, Heun, Sampler
 from framework.tokens import Tokens
 from tests.stir import stirred
@@ -230,7 +232,7 @@ def test_sizes_are_dit_s() -> None:
         ({"guided_channels": 4}, "guided_channels are from 1 to 3"),
         ({"width": 30}, "multiple of num_heads"),
         ({"size": None, "width": None}, "needs width"),
-        ({"prior_strength": 0.0}, "strength"),
+        ({"length_prior": partial(EmpiricalLengthPrior, strength=0.0)}, "strength"),
         ({"shrinkage": -1.0}, "shrinkage"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from framework.data.token_file import TokenFile
 from framework.data.token_statistics import TokenStatistics
 from framework.generators.dit import DiT
+from framework.generators.guidance import Guidance
 from framework.generators.interface import TokenSpace
 from framework.generators.latent_scale import LatentScale
-from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
+from framework.generators.length_prior import EmpiricalLengthPrior, LengthPrior, PredictedLength, equal_lengths
 from framework.tokens import Tokens
 from tests.data.token_sets import N, header, written
 
@@ -29,7 +31,7 @@ def file_of(folder: Path, lengths: torch.Tensor = LENGTHS, labels: torch.Tensor 
 
 def test_chances_are_smoothed_counts(tmp_path: Path) -> None:
     """(n_cl + kappa p(l)) / (n_c + kappa), with kappa 2 and p = 1/2, 1/6, 1/3; a class without images has p."""
-    prior = EmpiricalLengthPrior(SPACE, strength=2.0)
+    prior = EmpiricalLengthPrior(2.0, space=SPACE)
     prior.learn_from(file_of(tmp_path))
     assert prior.counts.tolist() == [[3, 0, 1], [0, 1, 1], [0, 0, 0]]
     expected = [[4 / 6, 1 / 18, 5 / 18], [1 / 4, 1 / 3, 5 / 12], [1 / 2, 1 / 6, 1 / 3]]
@@ -40,7 +42,7 @@ def test_chances_are_smoothed_counts(tmp_path: Path) -> None:
 
 
 def test_draws_follow_the_chances_and_depend_on_their_number_alone() -> None:
-    prior = EmpiricalLengthPrior(SPACE, strength=1.0)
+    prior = EmpiricalLengthPrior(1.0, space=SPACE)
     prior.counts.copy_(torch.tensor([[30, 50, 20], [0, 1, 99], [5, 5, 5]]))
     ids = torch.arange(9000)
     drawn = prior.draw(ids % 3, 5, ids)
@@ -52,18 +54,68 @@ def test_draws_follow_the_chances_and_depend_on_their_number_alone() -> None:
     assert not torch.equal(prior.draw(ids % 3, 6, ids), drawn)
 
 
-def test_lengths_that_nobody_has_told(tmp_path: Path) -> None:
-    prior = EmpiricalLengthPrior(SPACE)
+def test_lengths_that_nobody_has_told() -> None:
+    prior = EmpiricalLengthPrior(space=SPACE)
     with pytest.raises(ValueError, match="has seen no data"):
         prior.draw(LABELS, 0, LABELS)
-    one = EmpiricalLengthPrior(TokenSpace(N, 2, None, (4,), 3))
+    one = EmpiricalLengthPrior(space=TokenSpace(N, 2, None, (4,), 3))
     assert one.draw(LABELS, 0, LABELS).tolist() == [4] * 6
+
+
+@pytest.mark.parametrize("kind", [EmpiricalLengthPrior, PredictedLength])
+def test_files_of_other_lengths_and_classes(kind: type[LengthPrior], tmp_path: Path) -> None:
+    prior = kind(space=SPACE)
     with pytest.raises(ValueError, match="nearest is 2"):
         prior.learn_from(file_of(tmp_path, torch.tensor([2, 3, 2, 6, 4, 6])))
     with pytest.raises(ValueError, match="from 0 to 2"):
         prior.learn_from(file_of(tmp_path, labels=LABELS + 2))
     with pytest.raises(ValueError, match="no labels"):
         prior.learn_from(file_of(tmp_path, labels=None))
+    with pytest.raises(ValueError, match="strength|width"):
+        kind(0, space=SPACE)
+
+
+def trained(prior: PredictedLength, labels: torch.Tensor, lengths: torch.Tensor) -> PredictedLength:
+    optimizer = torch.optim.Adam(prior.parameters(), 0.03)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (prior.losses(labels, lengths)["budget"] / len(labels)).backward()
+        optimizer.step()
+    return prior
+
+
+def test_predicted_lengths_are_uniform_first_and_then_the_shares_of_the_data() -> None:
+    torch.manual_seed(0)
+    prior = PredictedLength(space=SPACE)
+    torch.testing.assert_close(prior.chances, torch.full((3, 3), 1 / 3, dtype=torch.float64))
+    loss = prior.losses(LABELS, LENGTHS)["budget"]
+    torch.testing.assert_close(loss, 6 * torch.tensor(3.0).log())
+    labels = torch.cat([LABELS, torch.tensor([2, 2, 2, 2, 2])])
+    trained(prior, labels, torch.cat([LENGTHS, torch.tensor([2, 4, 4, 6, 6])]))
+    expected = [[3 / 4, 0, 1 / 4], [0, 1 / 2, 1 / 2], [1 / 5, 2 / 5, 2 / 5]]
+    torch.testing.assert_close(prior.chances, torch.tensor(expected, dtype=torch.float64), atol=0.02, rtol=0)
+    ids = torch.arange(9000)
+    shares = torch.bincount(prior.draw(ids * 0, 5, ids), minlength=7)[[2, 4, 6]] / 9000
+    torch.testing.assert_close(shares.double(), prior.chances[0], atol=0.02, rtol=0)
+
+
+def test_predicted_lengths_share_what_a_count_does_not() -> None:
+    """Two kinds of classes, and forty images of each: classes of a kind tell of each other."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(2, 8, generator=generator).mul(1.5).double().softmax(1)
+    true, labels = kinds[torch.arange(60) % 2], torch.arange(60).repeat_interleave(40)
+    space = TokenSpace(8, 2, None, tuple(range(1, 9)), 60)
+    places = torch.multinomial(true[labels], 1, generator=generator)[:, 0]
+    counted = EmpiricalLengthPrior(20.0, space=space)  # the best of 2, 5, 20 and 50
+    counted.counts.copy_(torch.bincount(labels * 8 + places, minlength=480).view(60, 8))
+    torch.manual_seed(0)
+    predicted = trained(PredictedLength(1, space=space), labels, 1 + places)
+
+    @torch.no_grad()
+    def divergence(prior: LengthPrior) -> float:
+        return float((true * (true / prior.chances).log()).sum(1).mean())
+
+    assert divergence(predicted) < 0.5 * divergence(counted)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9, 100])
@@ -108,6 +160,25 @@ def test_scale_of_many_rows_is_their_own() -> None:
     one = LatentScale(SPACE, shrinkage=1e12)
     one.learn(TokenStatistics.of(latents, torch.ones(5000, N, dtype=torch.bool)))
     torch.testing.assert_close(one.std[0], one.std[-1])
+
+
+def test_a_generator_trains_what_predicts_lengths() -> None:
+    """From every sequence, those whose class is dropped for guidance among them."""
+    torch.manual_seed(0)
+    prior = partial(PredictedLength, width=4)
+    generator = DiT(None, 16, 1, 2, label_dropout=1.0, length_prior=prior, space=SPACE).train()
+    tokens = Tokens(torch.randn(6, N, 2), LENGTHS)
+    found = generator.loss(tokens, LABELS, torch.Generator().manual_seed(0))
+    expected = generator.prior.losses(LABELS, LENGTHS)["budget"] / LENGTHS.sum()
+    assert set(found.losses) == {"velocity", "budget"} and torch.equal(found.losses["budget"], expected)
+    sum(found.losses.values(), torch.zeros(())).backward()
+    assert isinstance(generator.prior, PredictedLength)
+    gradient = generator.prior.head.bias.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    with torch.no_grad():
+        generator.prior.head.bias.copy_(torch.tensor([-50.0, 50.0, -50.0]))
+    made = generator.eval().generate(LABELS, seed=0, sample_ids=torch.arange(6), guidance=Guidance(2.0))
+    assert made.lengths.tolist() == [4] * 6
 
 
 def test_a_generator_learns_both(tmp_path: Path) -> None:

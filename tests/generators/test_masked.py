@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from framework.generators.guidance import Guidance
 from framework.generators.interface import TokenSpace
-from framework.generators.length_prior import equal_lengths
+from framework.generators.length_prior import EmpiricalLengthPrior, equal_lengths
 from framework.generators.masked import MaskGIT
 from framework.generators.sampling import Sampling
 from framework.nn.transformer import BlockOptions
@@ -234,7 +235,7 @@ def test_it_learns_sequences_by_heart() -> None:
         ({"space": TokenSpace(10, 3, None, (10,), 5)}, "take a DiT"),
         ({"steps": 0}, "steps"),
         ({"noise": -1.0}, "noise"),
-        ({"prior_strength": 0.0}, "strength"),
+        ({"length_prior": partial(EmpiricalLengthPrior, strength=0.0)}, "strength"),
         ({"blocks": BlockOptions(rope_base=100.0, registers=2)}, "either registers or rope_base"),
     ],
 )

@@ -18,6 +18,7 @@ from framework.generators.dit import DiT
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
 from framework.generators.latent_scale import LatentScale
+from framework.generators.length_prior import PredictedLength
 from framework.generators.masked import MaskGIT
 from framework.models.export import export
 from tests.tiny_run import generator_config
@@ -28,7 +29,7 @@ SMALL = {
 }
 
 
-def train(name: str, folder: Path) -> Path:
+def train(name: str, folder: Path, *more: str) -> Path:
     """A run of six steps at three lengths, by an untrained policy."""
     base, num_tokens, small = SMALL[name]
     experiment = runs.experiment_from(generator_config(folder, f"projects/adatok/{base}"))
@@ -46,7 +47,7 @@ def train(name: str, folder: Path) -> Path:
         f"task.policy={policy}, weights: {folder / 'policy.safetensors'}}}", "task.generator.depth=1",
         "task.guidance={scale: 2.0}", "train.ema_decay=0.999",
     ]  # fmt: skip
-    runs.train(generator_config(folder / "run", f"projects/adatok/{name}.yaml", *own, *small), lambda text: None)
+    runs.train(generator_config(folder / "run", f"projects/adatok/{name}.yaml", *own, *small, *more), lambda text: None)
     return folder
 
 
@@ -85,3 +86,20 @@ def test_a_run_keeps_what_it_has_learned_from_the_data(name: str, tmp_path: Path
     metrics = json.loads((folder / "run" / "evaluation" / "metrics.json").read_text())
     assert all(value > 0 for value in metrics["held_out"].values())
     assert sum(metrics["samples"]["samples, guidance 2 constant"]["lengths"].values()) == 40
+
+
+def test_a_run_whose_lengths_are_predicted(tmp_path: Path) -> None:
+    """It needs no count, and its prior is trained, kept and exported like any other part."""
+    folder = train("dit", tmp_path, "task.generator.length_prior={name: PredictedLength, width: 4}")
+    model = framework.load(folder / "run")
+    assert isinstance(model, ImageGenerator) and isinstance(model.generator, DiT)
+    prior = model.generator.prior
+    assert isinstance(prior, PredictedLength) and prior.class_embedding.shape == (10, 4)
+    chances = prior.chances
+    assert (chances != chances[:, :1]).any(), "it began with equal ones"
+    metrics = json.loads((folder / "run" / "evaluation" / "metrics.json").read_text())
+    assert metrics["held_out"]["budget"] > 0 and metrics["held_out"]["length"] > 1
+    export(folder / "run", folder / "exported")
+    again = framework.load(folder / "exported")
+    assert isinstance(again, ImageGenerator) and isinstance(again.generator, DiT)
+    assert torch.equal(again.generator.prior.chances, chances)
