@@ -22,7 +22,7 @@ from framework.evaluation.distribution_metrics import DEFINITIONS, FeatureCollec
 from framework.evaluation.evaluation import Evaluation
 from framework.evaluation.image_metrics import UINT8_RULE, to_uint8
 from framework.evaluation.rate_distortion import Progress
-from framework.evaluation.reconstruction_distances import data_reference
+from framework.evaluation.reconstruction_distances import against_text, data_reference
 from framework.evaluation.tables import markdown
 
 HELD_OUT, RECONSTRUCTIONS = "held-out images", "their reconstructions"
@@ -106,14 +106,7 @@ def comparison_texts(found: Mapping[str, Any]) -> list[str]:
         for name, numbers in of["sets"].items():
             columns[name]["FID" if metric == "fid" else metric] = f"{numbers[metric]:.4g}"
             notes += [f"Note: {note}." for note in numbers["notes"]]
-        protocol, network = of["protocol"], of["protocol"]["features"]
-        reference = protocol["reference"]
-        if "data" in reference:  # images of ours, told whole in metrics.json
-            reference = f"{reference['images']:,} images of {reference['data'].get('split', 'the training data')}"
-        notes.append(
-            f"{metric}: against {reference}, in {network['network']}, {network['resize']}, weights "
-            f"{network['weights_sha256'][:12]}."
-        )
+        notes.append(f"{metric}: {against_text(of['protocol'])}")
     if not columns:
         return []
     count = max(numbers["images"] for of in _measured(found) for numbers in of["sets"].values())

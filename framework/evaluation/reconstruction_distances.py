@@ -194,18 +194,26 @@ def _distances_of(
 
 def distances_text(metric: str, found: Mapping[str, Any]) -> str:
     """What stands below a table with a column of ``metric``: against what, in whose features, and what to beware of."""
-    protocol, network = found["protocol"], found["protocol"]["features"]
-    against = "these images themselves" if protocol["reference"] == {"images": ORIGINALS} else protocol["reference"]
     own = found["own_lengths"]
     every = [*found["per_length"], *own.values()]
     listed = [f"{at[metric]:.4g} at {at['length']}" for at in found["per_length"]]
     listed += [f"{at[metric]:.4g} at the {name}'s own, {at['mean_length']:.2f} on average" for name, at in own.items()]
     numbers = f" By tokens: {', '.join(listed)}." if own else ""
     notes = "".join(f" Note: {note}." for note in dict.fromkeys(note for at in every for note in at["notes"]))
-    return (
-        f"{heading(metric)}: {protocol['images']:,} reconstructions against {against}; {network['network']}, "
-        f"{network['resize']}, weights {network['weights_sha256'][:12]}.{numbers}{notes}\n"
-    )
+    images = found["protocol"]["images"]
+    return f"{heading(metric)}: {images:,} reconstructions {against_text(found['protocol'])}{numbers}{notes}\n"
+
+
+def against_text(protocol: Mapping[str, Any]) -> str:
+    """What a Frechet distance is to, and in whose features; ``metrics.json`` has the whole of it."""
+    reference, network = protocol["reference"], protocol["features"]
+    if reference == {"images": ORIGINALS}:
+        against = "these images themselves"
+    else:
+        data = reference.get("data", {})
+        own = f"the {data['split']} split" if "split" in data else data.get("source", "another set")
+        against = f"{reference['images']:,} images of {reference.get('file', own)}"
+    return f"against {against}, in {network['network']}, {network['resize']}, weights {network['weights_sha256'][:12]}."
 
 
 def heading(metric: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.evaluation.generated_images import generated_heading
-from framework.evaluation.reconstruction_distances import heading
+from framework.evaluation.reconstruction_distances import against_text, heading
 from framework.evaluation.tables import Places, columns_text, latex, markdown
 from framework.runtime.files import write_text
 
@@ -199,16 +199,13 @@ def _rows(systems: Sequence[System], metrics: Sequence[str]) -> tuple[list[list[
 
 
 def _scope(protocol: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    texts = [f"{protocol['images']:,} images of {protocol['image_size']}x{protocol['image_size']}: {protocol['data']}."]
+    side, data = protocol["image_size"], "; ".join(f"{key} {value}" for key, value in protocol["data"].items())
+    texts = [f"{protocol['images']:,} images of {side}x{side}: {data}."]
     for metric in metrics:
         if metric == JUDGE:
             compared = protocol[metric]["compared_with"]
             texts.append(f"{JUDGE}: in a small classifier's features, against {compared['images']:,} training images.")
             continue
-        against, network = protocol[metric]["reference"], protocol[metric]["features"]
-        texts.append(
-            f"{heading(metric)}: against {against}, in {network['network']}, {network['resize']}, weights "
-            f"{network['weights_sha256'][:12]}."
-        )
+        texts.append(f"{heading(metric)}: {against_text(protocol[metric])}")
     texts.append("The best of each column in bold; #Params count frozen parts and spaces; - was not measured.")
     return " ".join(texts) + "\n"

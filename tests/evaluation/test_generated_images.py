@@ -123,7 +123,7 @@ def test_a_generators_evaluation_compares_its_samples(evaluated: dict[str, Path]
     assert sum(metrics["samples"][names[2]]["lengths"].values()) == 40
     table = (evaluated["ar"].parent / "table.md").read_text()
     assert all(name in table for name in names) and "floor" in table
-    assert "fd_toy: against 30 images of train, in " in table
+    assert "fd_toy: against 30 images of the train split, in " in table
 
 
 def test_generators_in_the_table_of_systems(evaluated: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.evaluation.image_metrics import to_uint8
 from framework.evaluation.reconstruction_distances import (
+    against_text,
     data_reference,
     policy_lengths,
     reconstruction_distances,
@@ -133,7 +134,9 @@ def test_another_reference_is_compared_with_the_originals_too(tmp_path: Path) ->
     assert first["fd_toy"] == pytest.approx(expected, rel=1e-5) and first["precision_toy"] is None
     assert found["protocol"]["reference"]["file"] == "other.npz"
     assert found["protocol"]["reference"]["data"] == {"source": "given images"}
+    assert against_text(found["protocol"]).startswith("against 40 images of other.npz, in colours of quarters, ")
     with_neighbours = reconstruction_distances(tokenizer(), data(), ToyFeatures(), [1], reference=made)
+    assert against_text(with_neighbours["protocol"]).startswith("against 40 images of given images, in ")
     assert 0 < with_neighbours["per_length"][0]["precision_toy"] <= 1
 
 

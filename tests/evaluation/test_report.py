@@ -135,7 +135,7 @@ def test_sets_similarity_and_thresholds_that_were_asked_for(tmp_path: Path, monk
     header, last = (table.splitlines()[row].strip("| ").split(" | ") for row in (0, 3))
     assert header[4:9] == ["SSIM", "rQPR 0.1", "rQPR 0.25", "fd_toy", "falls"]
     assert last[4] == f"{curve['per_length'][1]['ssim']:.3f}" and last[7] == f"{alone['per_length'][1]['fd_toy']:.4g}"
-    assert "fd_toy: 9 reconstructions against these images themselves; colours of quarters, none, weights " in table
+    assert "fd_toy: 9 reconstructions against these images themselves, in colours of quarters, none, weights " in table
     assert "the sample has 9 images, not more than the 12 features" in table
 
 

@@ -81,7 +81,7 @@ def test_the_table_has_what_the_evaluations_say(evaluated: dict[str, Path], tmp_
     assert [name for name, found in by_name.items() if "**" in found["MSE x 1000"]] == [
         name for name, found in by_name.items() if found["MSE x 1000"].strip("*") == best
     ]
-    assert "12 images of 16x16: {'source': 'given images'}. fd_toy: against {'images': 'originals'}" in text
+    assert "12 images of 16x16: source given images. fd_toy: against these images themselves, in " in text
 
 
 def test_numbers_at_full_precision_and_for_latex(evaluated: dict[str, Path], tmp_path: Path) -> None:
