@@ -33,7 +33,7 @@ from framework.evaluation.reconstruction_distances import (
 )
 from framework.evaluation.report import choose_photograph
 from framework.evaluation.systems import system_facts
-from framework.evaluation.tables import columns_text, markdown
+from framework.evaluation.tables import columns_text, markdown, protocol_text
 from framework.runtime.files import write_text
 
 WALL_ROWS = 5
@@ -245,7 +245,7 @@ def _scope(summary: Mapping[str, Any]) -> str:
     protocol = summary["protocol"]
     left_out = f", {protocol['broken']} left out that cannot be read" if protocol["broken"] else ""
     images = f"{protocol['images']} images of {protocol['groups']} groups{left_out}"
-    return f"{images}; pixels in [0, 1]; {protocol['data']}."
+    return f"{images}; pixels in [0, 1]; {protocol_text(protocol['data'])}."
 
 
 def _means(numbers: Mapping[str, Any]) -> list[str]:

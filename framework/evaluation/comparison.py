@@ -11,7 +11,7 @@ from framework.evaluation.plots import plot_rate_distortion, plot_tiled_by_all
 from framework.evaluation.rate_distortion import Progress, default_lengths, few_lengths, rate_distortion
 from framework.evaluation.reconstruction_distances import distances_text, heading, reconstruction_distances
 from framework.evaluation.report import choose_photograph, images_of, principal_components
-from framework.evaluation.tables import markdown
+from framework.evaluation.tables import markdown, protocol_text
 from framework.runtime.files import write_text
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def compare_tokenizers(
         }
         numbers = {name: [at[metric] for at in measured["per_length"]] for name, measured in found.items()}
         texts += [_by_length(heading(metric), lengths, numbers), distances_text(metric, next(iter(found.values())))]
-    texts.append(f"{images_of(shown)}; pixels in [0, 1]; {data.protocol()}\n")
+    texts.append(f"{images_of(shown)}; pixels in [0, 1]; {protocol_text(data.protocol())}.\n")
     write_text(folder / "comparison.md", "\n".join(texts))
     plot_rate_distortion(curves, baseline, folder / "comparison.png")
     photograph = choose_photograph(data, shown.groups)

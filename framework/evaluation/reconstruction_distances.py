@@ -212,7 +212,8 @@ def against_text(protocol: Mapping[str, Any]) -> str:
     else:
         data = reference.get("data", {})
         own = f"the {data['split']} split" if "split" in data else data.get("source", "another set")
-        against = f"{reference['images']:,} images of {reference.get('file', own)}"
+        file = f"{reference['file']} (sha256 {reference['sha256'][:12]})" if "file" in reference else own
+        against = f"{reference['images']:,} images of {file}"
     return f"against {against}, in {network['network']}, {network['resize']}, weights {network['weights_sha256'][:12]}."
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from framework.evaluation.generated_images import generated_heading
 from framework.evaluation.reconstruction_distances import against_text, heading
-from framework.evaluation.tables import Places, columns_text, latex, markdown
+from framework.evaluation.tables import Places, columns_text, latex, markdown, protocol_text
 from framework.runtime.files import write_text
 
 LAYOUTS = {"2d": "2D tokenizers", "1d": "1D tokenizers"}
@@ -199,8 +199,8 @@ def _rows(systems: Sequence[System], metrics: Sequence[str]) -> tuple[list[list[
 
 
 def _scope(protocol: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    side, data = protocol["image_size"], "; ".join(f"{key} {value}" for key, value in protocol["data"].items())
-    texts = [f"{protocol['images']:,} images of {side}x{side}: {data}."]
+    side = protocol["image_size"]
+    texts = [f"{protocol['images']:,} images of {side}x{side}: {protocol_text(protocol['data'])}."]
     for metric in metrics:
         if metric == JUDGE:
             compared = protocol[metric]["compared_with"]

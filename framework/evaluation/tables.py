@@ -92,3 +92,8 @@ def csv_text(records: Iterable[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue()
+
+
+def protocol_text(protocol: Mapping[str, object]) -> str:
+    """Where images are from, in a line below a table."""
+    return "; ".join(f"{key} {value}" for key, value in protocol.items())

@@ -16,7 +16,7 @@ from framework.data.interface import Batch, ImageData
 from framework.data.stream import Sequential
 from framework.evaluation.digit_judge import DigitJudge, judge_columns, judge_images
 from framework.evaluation.rate_distortion import default_lengths
-from framework.evaluation.tables import markdown
+from framework.evaluation.tables import markdown, protocol_text
 from framework.launch.probing import trained_model
 from framework.models.loading import Which
 from framework.runtime.files import write_text
@@ -81,7 +81,7 @@ def _rebuilt(
 def _table(found: Mapping[str, Any]) -> str:
     columns = {name: judge_columns(numbers) for name, numbers in found["sets"].items()}
     rows = [["", *columns[HELD_OUT]], *([name, *values.values()] for name, values in columns.items())]
-    images, data = found["sets"][HELD_OUT]["images"], found["protocol"]["data"]
+    images, data = found["sets"][HELD_OUT]["images"], protocol_text(found["protocol"]["data"])
     return (
         f"{markdown(rows, num_words=1)}\n{images} images, {data}; the judge has seen only training images. "
         "Definitions in judge.json.\n"

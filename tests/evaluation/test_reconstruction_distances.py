@@ -134,7 +134,7 @@ def test_another_reference_is_compared_with_the_originals_too(tmp_path: Path) ->
     assert first["fd_toy"] == pytest.approx(expected, rel=1e-5) and first["precision_toy"] is None
     assert found["protocol"]["reference"]["file"] == "other.npz"
     assert found["protocol"]["reference"]["data"] == {"source": "given images"}
-    assert against_text(found["protocol"]).startswith("against 40 images of other.npz, in colours of quarters, ")
+    assert against_text(found["protocol"]).startswith("against 40 images of other.npz (sha256 ")
     with_neighbours = reconstruction_distances(tokenizer(), data(), ToyFeatures(), [1], reference=made)
     assert against_text(with_neighbours["protocol"]).startswith("against 40 images of given images, in ")
     assert 0 < with_neighbours["per_length"][0]["precision_toy"] <= 1

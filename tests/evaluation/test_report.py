@@ -20,6 +20,7 @@ from framework.evaluation.rate_distortion import RateDistortion, rate_distortion
 from framework.evaluation.reconstruction_distances import data_reference, reconstruction_distances
 from framework.evaluation.reference_statistics import write_reference
 from framework.evaluation.report import evaluate_tokenizer, spread_images
+from framework.runtime.files import digest
 from framework.tokenizers.tokenizer import Tokenizer
 from tests.evaluation.fakes import FixedImages, SignQuantizer, basis_tokenizer, orthonormal
 from tests.evaluation.toy_features import ToyFeatures
@@ -149,7 +150,7 @@ def test_other_statistics_may_be_the_reference(tmp_path: Path) -> None:
     text = (tmp_path / "comparison.md").read_text()
     header = f"| fd_toy at tokens | 1 | 2 | 4 | 6 | 8 |\n| --- |{' ---: |' * 5}\n"
     assert f"{header}| one | {numbers} |\n| two | {numbers} |\n" in text
-    assert "'file': 'reference.npz'" in text
+    assert f"against 30 images of reference.npz (sha256 {digest(tmp_path / 'reference.npz')[:12]}), in colours" in text
 
 
 @pytest.mark.parametrize(
