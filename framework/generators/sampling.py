@@ -70,4 +70,5 @@ def race(logits: Tensor, keys: Tensor) -> Tensor:
     entries = torch.arange(logits.shape[1], device=logits.device)
     # Near 0, where the race is decided, floats are dense: -log(1 - u) keeps their digits.
     times = unit_of(hashed(keys[:, None], entries)).float().neg_().log1p_().neg_()
-    return (logits - times.clamp_(min=1e-30).log_()).argmax(dim=1)
+    # A time may round to infinity, and its entry be the only one that the filters have left.
+    return (logits - times.clamp_(1e-30, 40.0).log_()).argmax(dim=1)

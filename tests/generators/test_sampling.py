@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from framework.generators.sampling import Sampling, race
-from framework.runtime.hashing import hashed, purpose_key
+from framework.runtime.hashing import hashed, purpose_key, unit_of
 
 KEYS = hashed(purpose_key(0, "code"), torch.arange(20_000))
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
@@ -38,6 +38,14 @@ def test_filters_leave_the_likeliest() -> None:
     assert (shares(Sampling(top_p=0.7))[2:] == 0).all()  # .64, and the one that crosses
     assert shares(Sampling(temperature=0))[0] == 1
     assert torch.equal(Sampling(top_k=9).filtered(LOGITS[None]), LOGITS[None])
+
+
+def test_what_the_filters_leave_is_drawn_even_if_it_comes_last() -> None:
+    """Of this key and entry 3 the number is so near 1 that as a float32 it is 1, and the time infinite."""
+    key = torch.tensor([22_423_427])
+    assert unit_of(hashed(key, torch.tensor([3]))).float() == 1
+    logits = torch.arange(8.0)[None].where(torch.arange(8) <= 3, torch.tensor(-10.0))
+    assert Sampling(top_k=1).draw(logits, key).item() == 3
 
 
 def test_a_draw_depends_on_its_row_alone() -> None:
