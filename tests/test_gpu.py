@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,16 @@ from framework import runs
 from framework.allocation.adaptive_tokenizer import AdaptiveTokenizer
 from framework.data.interface import Batch
 from framework.engine.checkpoint import latest_checkpoint
+from framework.generators.autoregressive import LlamaGenAR
+from framework.generators.decode_engine import DecodeEngine, Policy
+from framework.generators.guidance import Guidance
+from framework.generators.interface import TokenSpace
+from framework.generators.length_modes import LENGTH_MODES, LengthModeName
 from framework.tasks.interface import Context, StepOutput
 from framework.tasks.train_tokenizer import TrainTokenizer
 from framework.tokenizers.tokenizer import Tokenizer
+from tests.generators.test_generator_laws import BUDGETS, IDS, LABELS, NAMES, generator_of
+from tests.stir import stirred
 from tests.tiny_run import tiny_policy_config, train_tiny
 
 DEVICE = "cuda"
@@ -105,3 +113,42 @@ def test_a_policy_trains(config: str, distortions: str, tiny_run: Path, tmp_path
     assert tokens.lengths.device.type == DEVICE and adaptive.decode(tokens).shape == (3, 3, 16, 16)
     study = json.loads((tmp_path / "policy/evaluation/metrics.json").read_text())["allocation"]
     assert study["policies"]["oracle"]["reward"] >= study["policies"]["policy"]["reward"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_generator_learns_and_makes_the_same_there_as_here(name: str, tmp_path: Path) -> None:
+    generator, tokens, labels = generator_of(name, tmp_path)
+    given: dict[str, Any] = {"seed": 3, "guidance": Guidance(2.0, (0.2, 1.0))}
+    lengths = torch.tensor(BUDGETS)[torch.arange(9) % 3]
+    expected = generator.generate(LABELS, sample_ids=IDS, lengths=lengths, **given)
+    loss = generator.loss(tokens, labels, torch.Generator().manual_seed(0))
+    generator.to(DEVICE)
+    there = {"sample_ids": IDS.to(DEVICE), "lengths": lengths.to(DEVICE), **given}
+    made = generator.generate(LABELS.to(DEVICE), **there)
+    assert made.latents.device.type == made.lengths.device.type == DEVICE
+    if made.codes is not None and expected.codes is not None:
+        assert (made.codes.cpu() == expected.codes).float().mean() > 0.95, "ties apart"
+    torch.testing.assert_close(made.latents.cpu(), expected.latents, rtol=1e-2, atol=1e-2)
+    chosen = generator.generate(LABELS.to(DEVICE), sample_ids=IDS.to(DEVICE), **given)
+    assert set(chosen.lengths.tolist()) <= set(BUDGETS)
+    found = generator.train().loss(tokens.to(DEVICE), labels.to(DEVICE), torch.Generator().manual_seed(0))
+    sum(found.losses.values(), torch.zeros((), device=DEVICE)).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in generator.parameters())
+    found = generator.eval().loss(tokens.to(DEVICE), labels.to(DEVICE), torch.Generator().manual_seed(0))
+    for key, value in loss.losses.items():
+        torch.testing.assert_close(found.losses[key].cpu(), value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["static", "compact", "refill"])
+@pytest.mark.parametrize("mode", LENGTH_MODES)
+def test_decoding_policies_agree_there(mode: LengthModeName, policy: Policy) -> None:
+    torch.manual_seed(0)
+    space = TokenSpace(8, 2, 30, (2, 3, 6), 3)
+    model = stirred(LlamaGenAR(None, 32, 2, 4, length_mode=mode, space=space)).eval()
+    given: dict[str, Any] = {"seed": 1, "sample_ids": torch.arange(40), "guidance": Guidance(2.0, (0.3, 1.0))}
+    expected = DecodeEngine(model, 40, "static").generate(torch.arange(40) % 3, **given)
+    engine = DecodeEngine(model.to(DEVICE), 7, policy)
+    made = engine.generate(torch.arange(40, device=DEVICE) % 3, **given)
+    assert expected.codes is not None and made.codes is not None and made.codes.device.type == DEVICE
+    same = (made.codes.cpu() == expected.codes).all(1) & (made.lengths.cpu() == expected.lengths)
+    assert same.float().mean() > 0.9, "ties apart"

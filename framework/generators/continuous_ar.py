@@ -93,6 +93,11 @@ class ContinuousAR(LengthFirst):
         init_linear(self.embed)
         self.scale = LatentScale(space, shrinkage)
 
+    @property
+    def sampler(self) -> Sampler:
+        """Of the head."""
+        return self.head.sampler
+
     def learn_from(self, file: TokenFile) -> None:
         """Lengths of each class, and the scale of latents."""
         if file.statistics is None:
