@@ -68,7 +68,7 @@ class TokenSet:
         normalisation: ``none``: latents are stored as the decoder reads them; ``TokenStatistics`` normalise them.
         image_size: side in pixels.
         length: how lengths were chosen: ``auto``, ``8``, ``quality:0.01``.
-        policy: class and SHA-256 of what chose them.
+        policy: class and SHA-256 of what chose them, its settings and weights.
         budgets: the lengths that it may choose.
         crops: of each image.
         images: which they are: protocol, count, and SHA-256 of their keys.

@@ -49,8 +49,10 @@ class TokenStatistics:
         sums = torch.where(few, self.sums.sum(0), self.sums)
         counts, (first, second) = sums[:, :1], sums[:, 1:].chunk(2, dim=1)
         mean = first / counts.clamp(min=1)
-        variance = (second / counts.clamp(min=1) - mean.square()).clamp(min=0)
-        return torch.stack([mean, torch.where(variance > 0, variance, 1).sqrt()]).float()
+        square = second / counts.clamp(min=1)
+        variance = square - mean.square()
+        # Of a constant the difference is not 0, but what rounding leaves of it.
+        return torch.stack([mean, torch.where(variance > 1e-12 * square, variance, 1).sqrt()]).float()
 
     @property
     def mean(self) -> Tensor:

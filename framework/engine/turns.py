@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from torch.profiler import record_function
 from framework.data.interface import Batch
 from framework.engine.frozen import frozen_modules
 from framework.engine.globs import matches, unmatched
-from framework.engine.meters import Means, Phase
+from framework.engine.meters import Phase
 from framework.engine.optimizers import Optimizer
 from framework.engine.schedules import Schedule
 from framework.runtime.ranks import Ranks
@@ -53,7 +54,7 @@ def freeze(task: Task, globs: Sequence[str]) -> None:
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """A batch in ``count`` parts: of images equally many in their order; of tokens about equally many, by length.
 
-    Short sequences then stand with short ones, without much padding, and no part takes more memory than the others.
+    Short sequences then stand with short ones, without much padding.
     """
     if count == 1:
         return [batch]
@@ -145,6 +146,7 @@ class TurnTraining:
         names: list[tuple[list[str], list[str]]] = []  # of losses and of metrics, by micro-batch
         counts: list[Tensor] = []  # of targets, likewise, where the task counts them
         numbers: list[Tensor] = []
+        weights: list[Tensor] = []  # of each number in its mean
         try:
             for batch in batches:
                 with phase("forward"):
@@ -152,37 +154,39 @@ class TurnTraining:
                         output = task(batch, self.turn.name, context)
                     losses = torch.stack([loss.float() for loss in output.losses.values()])
                 with phase("backward"):
-                    share = 1 / len(batches) if output.count is None else output.count.to(losses)
+                    count = losses.new_ones(()) if output.count is None else output.count.to(losses)
+                    share = 1 / len(batches) if output.count is None else count
                     (losses.sum() * share).backward()
-                counts += [] if output.count is None else [output.count.to(losses)]
-                names.append((list(output.losses), list(output.metrics)))
+                counts += [] if output.count is None else [count]
+                others = {**output.metrics, **output.image_metrics}
+                names.append((list(output.losses), list(others)))
                 numbers.append(losses.detach().double())
-                numbers += [metric.detach().reshape(1).to(losses.device).double() for metric in output.metrics.values()]
+                numbers += [metric.detach().reshape(1).to(losses.device).double() for metric in others.values()]
+                weights.append(count.double().expand(len(output.losses) + len(output.metrics)))
+                weights.append(numbers[0].new_full((len(output.image_metrics),), len(batch.keys)))
         finally:
             self._let_others_learn(True)
-        own = torch.cat(numbers)
-        shared, total = own.clone(), torch.stack(counts).sum() if counts else None
+        own, weight = torch.cat(numbers), torch.cat(weights)
+        shared, total = own * weight, torch.stack(counts).sum() if counts else None
         if self.ranks.size > 1:
             with phase("communication"):
-                self.ranks.average([*self._shared_gradients(), shared, *([] if total is None else [total])])
+                self.ranks.average([*self._shared_gradients(), shared, weight, *([] if total is None else [total])])
         with phase("optimizer"):
             gradients = [p.grad for _, p in self.parameters if p.grad is not None]
             if total is not None:
                 torch._foreach_div_(gradients, total)
             norm = torch.nn.utils.get_total_norm(gradients)
             # The step's one wait for the device.
-            *values, norm_value = torch.cat([own, shared, norm[None].double()]).tolist()
-            rows = _rows(values[len(own) :], names)
+            *values, norm_value = torch.cat([own, shared, weight, norm[None].double()]).tolist()
+            own_values, sums, shares = (values[start : start + len(own)] for start in range(0, len(values), len(own)))
+            rows = _rows(sums, names)
             if not all(map(math.isfinite, [norm_value, *(loss for losses, _ in rows for loss in losses.values())])):
-                raise self._error([losses for losses, _ in _rows(values, names)], batches, context.step)
+                raise self._error([losses for losses, _ in _rows(own_values, names)], batches, context.step)
             if self.clip_norm is not None and norm_value > self.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.clip_norm, norm)
             self.optimizer.scale_lr(self.schedule(context.step))
             self.optimizer.step()
-        means = Means()
-        for row, metrics in rows:
-            means.add({"loss": math.fsum(row.values()), **row, **metrics})
-        return means.take() | {"gradient_norm": norm_value}
+        return _means(rows, _rows(shares, names)) | {"gradient_norm": norm_value}
 
     def _shared_gradients(self) -> list[Tensor]:
         """Gradients of the parameters that have one on any rank, zeros where it is not this one."""
@@ -212,12 +216,24 @@ class TurnTraining:
         return NonFiniteError(step, self.turn.name, problem, [key for _, its_keys in every for key in its_keys])
 
 
-def _rows(
-    values: Sequence[float], names: Sequence[tuple[list[str], list[str]]]
-) -> list[tuple[dict[str, float], dict[str, float]]]:
+Rows = list[tuple[dict[str, float], dict[str, float]]]
+"""Losses and metrics by name, for each micro-batch."""
+
+
+def _rows(values: Sequence[float], names: Sequence[tuple[list[str], list[str]]]) -> Rows:
     """Numbers in a row, as losses and metrics by name for each micro-batch."""
     left = iter(values)  # each name takes one number, and what is left goes to the next
     return [({name: next(left) for name in losses}, {name: next(left) for name in others}) for losses, others in names]
+
+
+def _means(sums: Rows, weights: Rows) -> dict[str, float]:
+    """Weighted sums over weights, of each name over the micro-batches that have it; and of all losses together."""
+    totals: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (losses, others), (loss_weights, other_weights) in zip(sums, weights, strict=True):
+        totals["loss"].append((math.fsum(losses.values()), next(iter(loss_weights.values()))))
+        for name, value in {**losses, **others}.items():
+            totals[name].append((value, (loss_weights | other_weights)[name]))
+    return {name: math.fsum(v for v, _ in found) / math.fsum(w for _, w in found) for name, found in totals.items()}
 
 
 def _is_finite(value: Tensor) -> bool:

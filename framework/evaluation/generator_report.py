@@ -52,6 +52,7 @@ class HeldOut:
 
     def __init__(self, longest: int) -> None:
         self._sums: dict[str, float] = defaultdict(float)
+        self._image_sums: dict[str, float] = defaultdict(float)
         self._count = 0
         self._lengths: list[Tensor] = []
         self._at, self._kept = torch.zeros(2, longest, dtype=torch.float64)
@@ -59,10 +60,10 @@ class HeldOut:
     def add(self, loss: GeneratorLoss, lengths: Tensor) -> None:
         """A batch's losses, and lengths ``(b,)``."""
         count, lengths = int(loss.count), lengths.cpu()
-        named = {**loss.losses, **{name: value for name, value in loss.metrics.items() if name != "bits"}}
-        for name, value in named.items():
+        for name, value in {**loss.losses, **loss.metrics}.items():
             self._sums[name] += count * float(value)
-        self._sums["bits"] += len(lengths) * float(loss.metrics.get("bits", 0))
+        for name, value in loss.image_metrics.items():
+            self._image_sums[name] += len(lengths) * float(value)
         self._count += count
         self._lengths.append(lengths)
         if loss.by_position is not None:
@@ -76,9 +77,9 @@ class HeldOut:
 
     def means(self) -> dict[str, float]:
         """Losses and metrics, means over tokens (bits: over images), and the mean length."""
-        means = {name: value / self._count for name, value in self._sums.items() if name != "bits"}
-        bits = {"bits": self._sums["bits"] / len(self.lengths)} if self._sums["bits"] else {}
-        return means | bits | {"length": self.lengths.double().mean().item()}
+        means = {name: value / self._count for name, value in self._sums.items()}
+        of_images = {name: value / len(self.lengths) for name, value in self._image_sums.items()}
+        return means | of_images | {"length": self.lengths.double().mean().item()}
 
     def by_position(self) -> list[float | None]:
         """The tokens' own loss at each position; ``None`` where no image keeps it, or the generator does not say."""

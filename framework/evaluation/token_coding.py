@@ -28,7 +28,7 @@ from framework.data.stream import ignore_signals, refuse_too_many
 from framework.data.token_file import TokenFile, existing_paths, shard_paths
 from framework.data.token_format import MappedFile, TokenSet
 from framework.data.token_writer import TokenWriter
-from framework.runtime.weights import weights_digest
+from framework.runtime.weights import part_digest, weights_digest
 from framework.tokenizers.interface import AllocationPolicy
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
@@ -204,7 +204,7 @@ def _header(
     vocabulary = tokenizer.quantizer.vocabulary
     if dtype == "codes" and vocabulary is None:
         raise ValueError("this tokenizer has no codes, its tokens are continuous: take dtype float32 or float16")
-    keys, weights = sha256(), policy.state_dict()
+    keys = sha256()
     for index in range(len(data)):
         keys.update(data.key(index).encode(errors="backslashreplace") + b"\0")
     about = {"images": data.protocol() | {"count": len(data), "keys_sha256": keys.hexdigest()}, "source": source}
@@ -219,7 +219,7 @@ def _header(
         image_size=tokenizer.image_size,
         length=length,
         budgets=list(policy.budgets),
-        policy=type(policy).__name__ + (f" {weights_digest(weights)}" if weights else ""),
+        policy=f"{type(policy).__name__} {part_digest(policy)}",
         crops=crops,
         **json.loads(json.dumps(about)),  # as a file gives it back
     )

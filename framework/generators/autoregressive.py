@@ -150,13 +150,14 @@ class LlamaGenAR(Generator):
         logits = self.length.mask(self.head(states[predicted]).float(), places[predicted])
         count = lengths.sum()
         each = F.cross_entropy(logits, targets[predicted], reduction="none")
-        by_position = each.new_zeros(longest).index_add(0, places[predicted], each.detach())
+        own = each.detach().masked_fill((places >= lengths[:, None])[predicted], 0)  # of codes, not of ends
+        by_position = each.new_zeros(longest).index_add(0, places[predicted], own)
         sums = {"code": each.sum()}
         sums |= self.length.losses(states, every[:, 0], lengths)
         losses = {name: value / count for name, value in sums.items()}
         nll = torch.stack(list(losses.values())).sum().detach()
         bits = nll * count / len(labels) / torch.log(torch.tensor(2.0))
-        return GeneratorLoss(losses, count, {"nll": nll, "bits": bits}, by_position)
+        return GeneratorLoss(losses, count, {"nll": nll}, by_position, {"bits": bits})
 
     def engine(self, batch_size: int | None = None, policy: Policy | None = None) -> DecodeEngine:
         """An engine for the present weights; they are read when it is made."""

@@ -102,7 +102,8 @@ class GeneratorLoss:
         losses: named, their sum is minimised: each a sum over this batch divided by ``count``.
         count: how many tokens the batch's sequences keep, or as many of them as are predicted. What several batches
             make one step weighs by it, so that every token of the step counts the same.
-        metrics: detached scalars that are only logged.
+        metrics: detached scalars that are only logged, means over ``count``.
+        image_metrics: likewise, means over the batch's images.
         by_position: detached sums of the tokens' own loss at each position, up to the longest, for evaluations.
     """
 
@@ -110,6 +111,7 @@ class GeneratorLoss:
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     by_position: Tensor | None = None
+    image_metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Generator(nn.Module, ABC):

@@ -1,12 +1,14 @@
-"""Weights by their content."""
+"""Weights and parts by their content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -16,3 +18,27 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         sha256.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
+
+
+def part_digest(part: nn.Module) -> str:
+    """The SHA-256 of a part's weights and of what it and its parts were made with: classes, numbers, texts, lists."""
+    return hashlib.sha256(
+        (json.dumps(_settings(part), sort_keys=True) + weights_digest(part.state_dict())).encode()
+    ).hexdigest()
+
+
+def _settings(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _settings(each) for name, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_settings(each) for each in value]
+    own = {name: each for name, each in getattr(value, "__dict__", {}).items() if name[0] != "_" and name != "training"}
+    if isinstance(value, nn.Module):
+        own |= dict(value.named_children()) | dict(value.named_buffers(recurse=False))
+    return [getattr(value, "__qualname__", type(value).__qualname__), _settings(own)]

@@ -61,13 +61,15 @@ class Context:
 class StepOutput:
     """Named losses, weighted, whose sum is minimised; and detached numbers that are only logged.
 
-    ``count`` is how many targets the losses are means over: micro-batches and ranks then weigh by it, so that every
-    target of a step counts the same. Without one they weigh the same.
+    ``count`` is how many targets the losses and ``metrics`` are means over: micro-batches and ranks then weigh by it,
+    so that every target of a step counts the same. Without one they weigh the same. ``image_metrics`` are means over
+    images, and weigh by these.
     """
 
     losses: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     count: Tensor | None = None
+    image_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from framework.evaluation.token_coding import encode_images
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator, token_space
 from framework.generators.interface import Generator
-from framework.runtime.weights import weights_digest
+from framework.runtime.weights import part_digest, weights_digest
 from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
 from framework.tokenizers.interface import AllocationPolicy
 from framework.tokenizers.tokenizer import Tokenizer
@@ -112,8 +112,8 @@ class TrainGenerator(Task):
         some = next(Sequential(data, LOOKED_AT, limit=LOOKED_AT))
         self._check_labels(some, data)
         described = {
-            "weights": weights_digest(self.coder.state_dict()),
-            "policy": type(self.policy).__name__,
+            "tokenizer": part_digest(self.images.tokenizer),
+            "policy": None if self.policy is None else part_digest(self.policy),
             "data": [data.protocol(), len(data), self.looks],
             "images": weights_digest({"images": some.images}),
         }
@@ -137,8 +137,8 @@ class TrainGenerator(Task):
         tokens = self._encoded(batch) if batch.tokens is None else batch.tokens
         labels = labels_of(batch, "the training images")
         loss = self.generator.loss(tokens, labels, context.generator("noise"))
-        lengths = {"mean_length": tokens.lengths.double().mean()}
-        return StepOutput(loss.losses, loss.metrics | lengths, loss.count)
+        by_image = {"mean_length": tokens.lengths.double().mean()}
+        return StepOutput(loss.losses, loss.metrics, loss.count, loss.image_metrics | by_image)
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all kept tokens of held-out images, with the same noise every time; and their mean length."""

@@ -200,6 +200,8 @@ def test_positions_that_hardly_a_row_keeps_take_the_spread_of_all() -> None:
     spread = float(np.std([1.0, 3.0, 5.0]))
     torch.testing.assert_close(statistics.std.flatten(), torch.tensor([1.0, spread, spread]))
     constant = TokenStatistics.of(torch.full((4, 2, 1), 3.0), torch.ones(4, 2, dtype=torch.bool))
+    rounded = TokenStatistics.of(torch.full((12345, 1, 1), -0.42883), torch.ones(12345, 1, dtype=torch.bool))
+    assert rounded.std.tolist() == [[1.0]], "what rounding leaves of its variance is above 0"
     assert constant.std.flatten().tolist() == [1, 1] and constant.normalise(torch.full((1, 2, 1), 3.0)).abs().max() == 0
 
 

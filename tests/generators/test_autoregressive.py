@@ -245,7 +245,7 @@ def test_the_loss_is_the_likelihood_of_codes_and_length(mode: str) -> None:
     generator = generator_of(mode)
     tokens, labels = sequences(torch.Generator().manual_seed(1), 8)
     assert tokens.codes is not None
-    nats = 0.0
+    nats, at = 0.0, torch.zeros(12)
     for row, length in enumerate(tokens.lengths.tolist()):
         codes, label, lengths = (
             tokens.codes[row : row + 1, :length],
@@ -254,6 +254,7 @@ def test_the_loss_is_the_likelihood_of_codes_and_length(mode: str) -> None:
         )
         logs = generator(codes, label, lengths)[0].log_softmax(1)
         nats -= float(logs[torch.arange(length), codes[0]].sum())
+        at[:length] -= logs[torch.arange(length), codes[0]]
         states = generator.states(codes, label, lengths)
         if mode == "eos" and length < 12:
             nats -= float(logs[length, 40])
@@ -266,7 +267,8 @@ def test_the_loss_is_the_likelihood_of_codes_and_length(mode: str) -> None:
             nats -= float(chances[0, SPACE.budgets.index(length)])
     loss = generator.loss(tokens, labels, torch.Generator())
     assert float(loss.metrics["nll"]) == pytest.approx(nats / int(tokens.lengths.sum()), rel=1e-5)
-    assert float(loss.metrics["bits"]) == pytest.approx(nats / 8 / math.log(2), rel=1e-5)
+    torch.testing.assert_close(loss.by_position, at, msg="what an end costs is of no position")
+    assert float(loss.image_metrics["bits"]) == pytest.approx(nats / 8 / math.log(2), rel=1e-5)
 
 
 def test_a_new_generator_knows_nothing() -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 import framework
+from framework.allocation.rules import FixedLength
+from framework.allocation.search import LinearSearch
 from framework.data.digits import DigitScenes
 from framework.data.interface import Batch
 from framework.engine.optimizers import AdamW
@@ -75,6 +77,26 @@ def test_training_tokens_are_the_coders(tmp_path: Path, policy: Any) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def searching(threshold: float, **given: Any) -> LinearSearch:
+    policy = LinearSearch(threshold, **given)
+    policy.is_frozen = True  # type: ignore[assignment]
+    return policy
+
+
+def test_tokens_of_another_policy_are_not_taken(tmp_path: Path) -> None:
+    """Though it is of the same class and has no weights; nor do other budgets collide with what is there."""
+    lengths = []
+    for policy in (
+        partial(searching, 10.0), partial(searching, 1e-9),
+        partial(FixedLength, 3), partial(FixedLength, 5),
+    ):  # fmt: skip
+        task = make_task(policy=policy)
+        tokens = task.prepare(scenes(), tmp_path, silent).fetch(range(40), 0).tokens
+        assert tokens is not None
+        lengths.append(tokens.lengths.double().mean().item())
+    assert lengths == [1, 6, 3, 5] and len(list(tmp_path.iterdir())) == 4
+
+
 def batch_of(rows: Sequence[int]) -> Batch:
     """Sequences of one to six codes."""
     generator = torch.Generator().manual_seed(0)
@@ -124,13 +146,13 @@ def test_every_token_of_a_step_counts_the_same() -> None:
     parts = micro_batches(batch_of(range(12)), 3)
     lengths = [part.tokens.lengths.tolist() for part in parts if part.tokens]
     assert lengths == [[1, 1, 2, 2, 3, 3], [4, 4, 5], [5, 6, 6]]  # 12, 13 and 17 tokens
-    move(in_parts, parts)
+    numbers_of = {"parts": move(in_parts, parts)}
     barrier = threading.Barrier(2)
     held: dict[int, list[Tensor]] = {}
 
     def work(rank: int) -> None:
         own = batch_of([0, 1, 2, 6, 7, 8] if rank else [3, 4, 5, 9, 10, 11])
-        move(of_rank[rank], [own], TwoRanks(rank, barrier, held))
+        numbers_of[f"rank {rank}"] = move(of_rank[rank], [own], TwoRanks(rank, barrier, held))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -140,7 +162,9 @@ def test_every_token_of_a_step_counts_the_same() -> None:
     for other in (in_parts, *of_rank):
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=1e-5)
-    assert numbers["mean_length"] == 3.5 and numbers["nll"] == pytest.approx(
+    for found in numbers_of.values():
+        assert found == pytest.approx(numbers, rel=1e-5)
+    assert len(numbers_of) == 3 and numbers["mean_length"] == 3.5 and numbers["nll"] == pytest.approx(
         numbers["code"] + numbers["stop"], rel=1e-5
     )
 
@@ -216,8 +240,8 @@ def test_held_out_means_are_over_tokens() -> None:
     for loss, lengths in ((2.0, [1, 1]), (1.0, [3, 3, 2])):
         count = torch.tensor(sum(lengths))
         at = torch.tensor([[2.0, 0, 0], [4.0, 3, 1]])[int(loss == 1)]
-        metrics = {"nll": torch.tensor(loss), "bits": torch.tensor(10.0 * loss)}
-        held_out.add(GeneratorLoss({"code": torch.tensor(loss)}, count, metrics, at), torch.tensor(lengths))
+        metrics, bits = {"nll": torch.tensor(loss)}, {"bits": torch.tensor(10.0 * loss)}
+        held_out.add(GeneratorLoss({"code": torch.tensor(loss)}, count, metrics, at, bits), torch.tensor(lengths))
     means = held_out.means()
     assert means == pytest.approx({"code": 1.2, "nll": 1.2, "bits": 14.0, "length": 2.0})
     assert held_out.by_position() == pytest.approx([6 / 5, 3 / 3, 1 / 2])
