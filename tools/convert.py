@@ -59,8 +59,8 @@ def main() -> int:
             digest = export(given.run, given.out, given.checkpoint, given.license)
             print(f"wrote {given.out}, weights with SHA-256 {digest}; it loads with framework.load({str(given.out)!r})")
             return 0
-        state = read_official(given.files)
         module = importlib.import_module(f"framework.interop.{FAMILIES[given.family]}")
+        state = read_official(given.files, getattr(module, "PREFERRED", ()))
         imported = getattr(module, f"import_{given.family}")(state)
         imported.save(given.out)
     except KeyError as error:

@@ -79,14 +79,14 @@ class LlamaGenAR(Generator):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__()
+        super().__init__(space, label_dropout)
         if space.vocabulary is None:
             raise ValueError("LlamaGenAR draws codes, and this tokenizer's tokens are continuous: take a DiT")
-        self.space = space
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         width, depth, num_heads = chosen = size_of(SIZES, size, width, depth, num_heads)
         self.size = chosen
         hidden = 256 * ceil(8 * width / 3 / 256) if mlp_ratio is None else round(width * mlp_ratio)
-        self.label_dropout = label_dropout
         self.sampling, self.policy, self.batch_size = sampling or Sampling(), policy, batch_size
         self.length = LENGTH_MODES[length_mode](space, width)
         self.class_embedding = nn.Parameter(torch.randn(space.num_classes + 1, width) / 2)
@@ -135,7 +135,7 @@ class LlamaGenAR(Generator):
             raise ValueError("an autoregressive generator learns from codes, and these tokens have none")
         tokens, longest = tokens.truncate(int(tokens.lengths.max())), self.space.longest
         assert tokens.codes is not None
-        codes, lengths = tokens.codes, tokens.lengths
+        codes, lengths = tokens.codes * tokens.mask, tokens.lengths
         dropped = torch.rand(len(labels), generator=generator).to(labels.device) < self.label_dropout
         if self.training:
             labels = labels.masked_fill(dropped, self.space.num_classes)

@@ -78,10 +78,9 @@ class ContinuousAR(LengthFirst):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, length_prior, batch_size)
+        super().__init__(space, label_dropout, length_prior, batch_size)
         if space.vocabulary is not None:
             raise ValueError("ContinuousAR makes latents, and this tokenizer has codes: take LlamaGenAR")
-        self.label_dropout = label_dropout
         self.size = size_of(SIZES, size, width, depth, num_heads)
         width = self.size.width
         self.class_embedding = nn.Parameter(torch.randn(space.num_classes + 1, width) / 2)

@@ -101,7 +101,8 @@ class DecodeEngine:
         self.sampling = sampling or Sampling()
         weight, size = model.head.weight, model.size
         self.transformer, self.head = model.transformer, model.head
-        if can_pack(weight.device, weight.dtype):
+        self.is_packed = can_pack(weight.device, weight.dtype)
+        if self.is_packed:
             self.transformer, self.head = packed(self.transformer, 2 * batch_size), packed(self.head, 2 * batch_size)
         positions = model.length.starts - 1 + model.space.longest
         form = (size.depth, batch_size, size.num_heads, positions, size.width // size.num_heads)
@@ -115,8 +116,10 @@ class DecodeEngine:
         """As ``Generator.generate``; ``statistics`` then says what it took."""
         space, device = self.model.space, self.model.head.weight.device
         labels, sample_ids, lengths = space.checked(labels, sample_ids, lengths, device)
-        call = _Call(self, labels, seed, sample_ids, guidance, lengths)
-        codes, found = call.run()
+        # Packed weights are multiplied in their own precision only.
+        with torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type) and not self.is_packed):
+            call = _Call(self, labels, seed, sample_ids, guidance, lengths)
+            codes, found = call.run()
         self.statistics = call.statistics
         return Tokens(torch.zeros(*codes.shape, 0, device=device), found, codes)
 

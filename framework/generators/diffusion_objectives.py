@@ -6,7 +6,7 @@ Shapes: b batch, n tokens, d channels of a token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import log, pi
+from math import isfinite, log, pi
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class Velocity(DiffusionObjective):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if not std > 0:
-            raise ValueError(f"the standard deviation of times is above 0, got {std}")
+        if not (isfinite(mean) and 0 < std < float("inf")):
+            raise ValueError(f"times have a finite mean and a standard deviation above 0, got {mean} and {std}")
         self.mean, self.std = mean, std
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:

@@ -87,10 +87,10 @@ class DiT(LengthFirst):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, length_prior, batch_size)
+        super().__init__(space, label_dropout, length_prior, batch_size)
         if space.vocabulary is not None:
             raise ValueError("a DiT makes continuous tokens, and this tokenizer has codes: take LlamaGenAR or MaskGIT")
-        self.label_dropout, self.mixed_lengths = label_dropout, mixed_lengths
+        self.mixed_lengths = mixed_lengths
         self.guided_channels = space.dim if guided_channels is None else guided_channels
         if not 1 <= self.guided_channels <= space.dim:
             raise ValueError(f"guided_channels are from 1 to {space.dim}, got {guided_channels}")
@@ -156,7 +156,7 @@ class DiT(LengthFirst):
         if self.training:
             labels = labels.masked_fill(dropped.to(device), self.space.num_classes)
         times = self.objective.draw_times(len(labels), generator).to(device)
-        clean = self.scale.normalise(tokens.latents)
+        clean = self.scale.normalise(tokens.latents).masked_fill(~mask[..., None], 0)
         noise = torch.zeros_like(clean)
         # As many numbers as tokens are kept, so that padding does not shift the draws.
         count = mask.sum()

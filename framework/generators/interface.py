@@ -56,6 +56,9 @@ class TokenSpace:
         Raises:
             ValueError: naming one.
         """
+        if labels.is_floating_point():
+            raise ValueError(f"classes are whole numbers, got {labels.dtype}")
+        labels = labels.to(torch.int64)  # in smaller types the number of classes may be none
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):
             raise ValueError(f"classes are numbers from 0 to {self.num_classes - 1}, got {int(wrong[0])}")
@@ -85,6 +88,8 @@ class TokenSpace:
         self.check_labels(labels)
         if (sample_ids < 0).any():
             raise ValueError(f"sample_ids count from 0, got {int(sample_ids.min())}")
+        if sample_ids.is_floating_point():
+            raise ValueError(f"sample_ids are whole numbers, got {sample_ids.dtype}")
         labels, sample_ids = (values.to(device, torch.int64) for values in (labels, sample_ids))
         if lengths is None:
             return labels, sample_ids, None
@@ -119,11 +124,19 @@ class Generator(nn.Module, ABC):
 
     Keyword-only argument from what owns it: ``space``.
 
-    Attributes:
+    Args:
         space: which sequences there are.
+        label_dropout: share of training sequences without class.
+
+    Raises:
+        ValueError: if that is no share.
     """
 
-    space: TokenSpace
+    def __init__(self, space: TokenSpace, label_dropout: float) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is a share from 0 to 1, got {label_dropout}")
+        self.space, self.label_dropout = space, label_dropout
 
     def learn_from(self, file: TokenFile) -> None:  # noqa: B027 - most learn by steps alone
         """Told all training tokens before the first step, for what is counted and not trained, kept in buffers."""

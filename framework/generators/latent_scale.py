@@ -5,6 +5,8 @@ Shapes: b batch, n tokens, d channels of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,13 @@ class LatentScale(nn.Module):
         self.shrinkage = shrinkage
         self.register_buffer("mean", torch.zeros(space.longest, space.dim))
         self.register_buffer("std", torch.ones(space.longest, space.dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentScale:
+        """Moves with its owner, and stays float32 where that becomes bfloat16: a mean may be many deviations large."""
+        exact = self.mean, self.std
+        super()._apply(fn, recurse)
+        self.mean, self.std = (old.to(new.device) for old, new in zip(exact, (self.mean, self.std), strict=True))
+        return self
 
     def learn(self, statistics: TokenStatistics) -> None:
         """Take over what a file's tokens have."""

@@ -24,6 +24,7 @@ class LengthFirst(Generator):
 
     Args:
         space: which sequences there are.
+        label_dropout: share of training sequences without class.
         length_prior: where lengths come from; ``None`` for ``EmpiricalLengthPrior``.
         batch_size: sequences of the longest length at a time when generating; of shorter ones, as many tokens.
 
@@ -31,11 +32,13 @@ class LengthFirst(Generator):
         ValueError: if a number does not fit.
     """
 
-    def __init__(self, space: TokenSpace, length_prior: Factory[LengthPrior] | None, batch_size: int) -> None:
-        super().__init__()
+    def __init__(
+        self, space: TokenSpace, label_dropout: float, length_prior: Factory[LengthPrior] | None, batch_size: int
+    ) -> None:
+        super().__init__(space, label_dropout)
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
-        self.space, self.batch_size = space, batch_size
+        self.batch_size = batch_size
         self.prior: LengthPrior = (length_prior or EmpiricalLengthPrior)(space=space)
 
     def learn_from(self, file: TokenFile) -> None:

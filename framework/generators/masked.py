@@ -66,11 +66,14 @@ class MaskGIT(LengthFirst):
         *,
         space: TokenSpace,
     ) -> None:
-        super().__init__(space, length_prior, batch_size)
+        super().__init__(space, label_dropout, length_prior, batch_size)
         if space.vocabulary is None:
             raise ValueError("MaskGIT makes codes, and this tokenizer's tokens are continuous: take a DiT")
-        if steps < 1 or noise < 0:
-            raise ValueError(f"steps are 1 or more and noise is at least 0, got {steps} and {noise}")
+        if steps < 1 or not 0 <= noise < float("inf") or not 0 <= label_smoothing <= 1:
+            raise ValueError(
+                f"steps are 1 or more, noise is at least 0 and label_smoothing a share from 0 to 1; got {steps}, "
+                f"{noise} and {label_smoothing}"
+            )
         options = blocks or BlockOptions()
         if options.registers and options.rope_base is not None:
             raise ValueError(
@@ -79,7 +82,7 @@ class MaskGIT(LengthFirst):
             )
         self.steps, self.noise = steps, noise
         self.sampling = sampling or Sampling()
-        self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
+        self.label_smoothing = label_smoothing
         self.code_embedding = nn.Parameter(torch.randn(space.vocabulary + 1, width) / 2)  # the last one is hidden
         self.class_embedding = nn.Parameter(torch.randn(space.num_classes + 1, width) / 2)
         self.length_embedding = nn.Parameter(torch.zeros(len(space.budgets), width))

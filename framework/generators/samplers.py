@@ -41,7 +41,7 @@ class Sampler(ABC):
         """Clean tokens ``(b, n, d)``."""
 
     def check(self, objective: DiffusionObjective) -> None:
-        """Refuse another objective than its own.
+        """Refuse another objective than its own, and more steps than that has times.
 
         Raises:
             ValueError: naming both.
@@ -50,6 +50,11 @@ class Sampler(ABC):
             raise ValueError(
                 f"{type(self).__name__} samples what {self.objective.__name__} has trained, and the objective is "
                 f"{type(objective).__name__}"
+            )
+        if isinstance(objective, DDPM) and self.steps > len(objective.schedule.times):
+            raise ValueError(
+                f"{type(self).__name__} takes at most as many steps as training has times, "
+                f"{len(objective.schedule.times)}; got {self.steps}"
             )
 
 
@@ -125,7 +130,7 @@ class DDIM(Sampler):
     objective = DDPM
 
     def __init__(self, steps: int = 50, eta: float = 0.0) -> None:
-        _check_steps(steps, 1)
+        _check_steps(steps, 2)  # the first time alone, the least noisy, would be all of one step
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is from 0 to 1, got {eta}")
         self.steps, self.eta = steps, eta
@@ -201,10 +206,8 @@ def _visits(schedule: NoiseSchedule, objective: DDPM, device: torch.device) -> I
 
 
 def _respaced(sampler: DDIM | Ancestral, objective: DDPM) -> NoiseSchedule:
-    num_times = len(objective.schedule.times)
-    if sampler.steps > num_times:
-        raise ValueError(f"there are at most as many steps as training has times, {num_times}; got {sampler.steps}")
-    return objective.schedule.respaced(sampler.kept(num_times))
+    sampler.check(objective)
+    return objective.schedule.respaced(sampler.kept(len(objective.schedule.times)))
 
 
 def _flow_times(steps: int, shift: float) -> list[float]:
@@ -212,8 +215,8 @@ def _flow_times(steps: int, shift: float) -> list[float]:
     _check_steps(steps, 1)
     if not 0 < shift < float("inf"):
         raise ValueError(f"the shift of times is above 0, got {shift}")
-    even = [step / steps for step in range(steps + 1)]
-    return [shift * time / (1 + (shift - 1) * time) for time in even]
+    even = [step / steps for step in range(steps)]
+    return [*(shift * time / (1 + (shift - 1) * time) for time in even), 1.0]
 
 
 def _check_steps(steps: int, least: int) -> None:

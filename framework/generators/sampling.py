@@ -31,8 +31,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"the temperature is a number from 0, got {self.temperature}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"the temperature is 0, for the likeliest, or from 1e-6; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is a number of codes from 1, or null for all; got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -36,6 +36,8 @@ RULES = [
 ]
 HEADS = {size.width: size.num_heads for size in SIZES.values()}
 GUIDED = 3
+PREFERRED = ("ema",)
+"""DiT's training keeps averaged weights beside the others, and samples with them."""
 
 
 def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> Imported:

@@ -31,10 +31,14 @@ class OfficialError(ValueError):
     """A file is no checkpoint, or not of the family that it is said to be."""
 
 
-def read_official(paths: Iterable[Path]) -> dict[str, Tensor]:
+def read_official(paths: Iterable[Path], preferred: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of checkpoints, on the CPU: of all files together, without what training has put around them.
 
     Pickled files are read with ``weights_only=True``: nothing in them is run.
+
+    Args:
+        paths: of the files.
+        preferred: where a family has the tensors that it samples with, before ``WRAPPERS``.
 
     Raises:
         OfficialError: if a file holds something else, or two hold a tensor of the same name.
@@ -43,7 +47,7 @@ def read_official(paths: Iterable[Path]) -> dict[str, Tensor]:
     for path in paths:
         held = _load(path)
         held = held if isinstance(held, Mapping) else {f"a {type(held).__name__}": held}
-        held = next((held[name] for name in WRAPPERS if isinstance(held.get(name), Mapping)), held)
+        held = next((held[name] for name in (*preferred, *WRAPPERS) if isinstance(held.get(name), Mapping)), held)
         others = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
         if others or not held:
             raise OfficialError(

@@ -142,7 +142,7 @@ class TrainGenerator(Task):
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over all kept tokens of held-out images, with the same noise every time; and their mean length."""
-        return self._held_out(batches).means()
+        return self._held_out(batches, self._encoded_once).means()
 
     def report(self, wanted: Report) -> None:
         """Losses by position, lengths beside the data's, samples of every class, and how these compare with images."""
@@ -152,7 +152,7 @@ class TrainGenerator(Task):
                 "--distances, evaluation.lengths and evaluation.distances"
             )
         batches = Sequential(wanted.data, 64, wanted.limit)
-        held_out = self._held_out(batches)
+        held_out = self._held_out(batches, self._encoded)
         about = {"data": wanted.data.protocol(), "of": len(wanted.data), "image_size": wanted.data.image_size}
         protocol = {**wanted.record, **about, **batches.record()}
         real = None
@@ -163,17 +163,21 @@ class TrainGenerator(Task):
         )
 
     @torch.no_grad()
-    def _held_out(self, batches: Iterable[Batch]) -> HeldOut:
+    def _held_out(self, batches: Iterable[Batch], encode: Callable[[Batch], Tokens]) -> HeldOut:
         held_out, noise = HeldOut(self.generator.space.longest), torch.Generator().manual_seed(0)
         device = next(self.generator.parameters()).device
         for batch in batches:
-            name = tuple(batch.keys)
-            if name not in self._validated:
-                self._validated[name] = self._encoded(batch.to(device))
             self._check_labels(batch, "the held-out images")
-            labels, tokens = labels_of(batch, "").to(device), self._validated[name]
+            labels, tokens = labels_of(batch, "").to(device), encode(batch.to(device))
             held_out.add(self.generator.loss(tokens, labels, noise), tokens.lengths)
         return held_out
+
+    def _encoded_once(self, batch: Batch) -> Tokens:
+        """The same few images are asked for at every validation."""
+        name = tuple(batch.keys)
+        if name not in self._validated:
+            self._validated[name] = self._encoded(batch)
+        return self._validated[name]
 
     @torch.no_grad()
     def _encoded(self, batch: Batch) -> Tokens:

@@ -139,6 +139,16 @@ def test_copies_collapse_and_wrong_labels_are_seen(judge: DigitJudge) -> None:
     assert distances == sorted(distances) and found["wrong"]["fd_digit_judge"] == distances[0]
 
 
+def test_images_of_a_class_that_training_has_not_are_wrong(judge: DigitJudge) -> None:
+    """A generator may have more classes than its data, and nobody can tell what they look like."""
+    some = digits("test", 40).fetch(range(40), 0)
+    assert some.labels is not None
+    unknown = replace(some, labels=torch.where(torch.arange(40) < 10, 11, some.labels))
+    sets = judge_images(judge, {"known": [some], "unknown": [unknown]}, digits("train", 20))["sets"]
+    known = (judge(some.images).argmax(1) == some.labels)[10:].double().mean().item()
+    assert sets["unknown"]["accuracy"] == pytest.approx(known * 30 / 40) and sets["known"]["accuracy"] > 0
+
+
 def test_spreads_known_by_hand() -> None:
     features = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.arange(500) % 5
@@ -152,7 +162,7 @@ def test_spreads_known_by_hand() -> None:
     ("change", "message"),
     [
         ({"labels": None}, "no labels. Sets that have them: Digits, .*Without labels: generated"),
-        ({"labels": torch.tensor([0, 1, 2, 10])}, "labels go from 0 to 9, .* got 0 to 10"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, "labels count from 0, got -1"),
         ({"images": torch.full((4, 3, 16, 16), 1.5)}, r"must be \(b, 3, 16, 16\) in \[0, 1\], .*from 1.5 to 1.5"),
         ({"images": torch.full((4, 3, 16, 16), torch.nan)}, "generated: images must be .*nan"),
         ({"images": torch.zeros(4, 3, 8, 8)}, r"got \(4, 3, 8, 8\)"),

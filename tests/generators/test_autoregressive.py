@@ -329,6 +329,16 @@ def test_sizes_are_the_published_ones() -> None:
         assert count / 1e6 == pytest.approx(millions[name], rel=1e-3)
 
 
+def test_packed_weights_are_in_no_autocast() -> None:
+    """Large matrices of float32 are packed on CPUs, and oneDNN takes them with float32 alone."""
+    torch.manual_seed(0)
+    generator = stirred(LlamaGenAR(None, 512, 1, 8, length_mode="hazard", space=SPACE)).eval()
+    expected = decode(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = decode(generator)
+    assert made.codes is not None and expected.codes is not None and torch.equal(made.codes, expected.codes)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="continuous"):
         generator_of(space=TokenSpace(14, 3, None, (3,), 5))
@@ -341,6 +351,11 @@ def test_refusals() -> None:
             generator_of(mode, space, positions=["rope2d"])
     with pytest.raises(ValueError, match="not both"):
         generator_of("none", TokenSpace(9, 3, 40, (9,), 5), positions=["rope1d", "rope2d"])
+    with pytest.raises(ValueError, match="batch_size is 1 or more"):
+        generator_of(batch_size=0)
+    for share in (-1.0, 1.5):
+        with pytest.raises(ValueError, match="label_dropout is a share"):
+            generator_of(label_dropout=share)
     generator = generator_of()
     with pytest.raises(ValueError, match="static, compact or refill"):
         DecodeEngine(generator, 4, "fastest")  # type: ignore[arg-type]

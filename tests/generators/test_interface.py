@@ -52,6 +52,12 @@ def test_spaces_refuse_what_is_not_in_them() -> None:
     space.check_lengths(torch.tensor([4, 12]))
     with pytest.raises(ValueError, match="from 0 to 9, got 10"):
         space.check_labels(torch.tensor([3, 10]))
+    with pytest.raises(ValueError, match="whole numbers, got torch.float32"):
+        space.check_labels(torch.tensor([1.7]))
+    many = TokenSpace(16, 3, 240, (4, 8, 12), 256)
+    many.check_labels(torch.tensor([0, 255], dtype=torch.uint8))
+    with pytest.raises(ValueError, match="sample_ids are whole numbers"):
+        many.checked(torch.tensor([1, 2]), torch.tensor([0.2, 0.9]), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="got 9: the nearest is 8"):
         space.check_lengths(torch.tensor([4, 9]))
     for budgets in ((), (4, 4), (8, 4), (0, 4), (4, 17)):

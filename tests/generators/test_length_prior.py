@@ -181,6 +181,16 @@ def test_a_generator_trains_what_predicts_lengths() -> None:
     assert made.lengths.tolist() == [4] * 6
 
 
+def test_the_scale_stays_exact_where_a_generator_becomes_bfloat16() -> None:
+    generator = DiT(None, 16, 1, 2, space=SPACE)
+    generator.scale.mean.fill_(10.03)
+    generator.bfloat16()
+    assert generator.head.weight.dtype == torch.bfloat16 and generator.scale.mean.dtype == torch.float32
+    torch.testing.assert_close(generator.scale.mean, torch.full((6, 2), 10.03), rtol=1e-7, atol=0)
+    assert generator.to("meta").scale.mean.device.type == "meta"
+    assert set(generator.scale.state_dict()) == {"mean", "std"}
+
+
 def test_a_generator_learns_both(tmp_path: Path) -> None:
     generator = DiT(None, 16, 1, 2, space=SPACE)
     generator.learn_from(file_of(tmp_path))

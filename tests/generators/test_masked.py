@@ -235,6 +235,8 @@ def test_it_learns_sequences_by_heart() -> None:
         ({"space": TokenSpace(10, 3, None, (10,), 5)}, "take a DiT"),
         ({"steps": 0}, "steps"),
         ({"noise": -1.0}, "noise"),
+        ({"noise": math.nan}, "noise"),
+        ({"label_smoothing": 2.0}, "label_smoothing"),
         ({"length_prior": partial(EmpiricalLengthPrior, strength=0.0)}, "strength"),
         ({"blocks": BlockOptions(rope_base=100.0, registers=2)}, "either registers or rope_base"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -67,12 +68,15 @@ def test_orders_of_convergence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "count"), [(Euler(5), 5), (Heun(5), 9), (DDIM(5), 5), (DDIM(5, eta=0.5), 5), (Ancestral(5), 5)]
+    ("sampler", "count"),
+    [(Euler(5), 5), (Heun(5), 9), (Heun(5, 0.01), 9), (DDIM(5), 5), (DDIM(5, eta=0.5), 5), (Ancestral(5), 5)],
 )
 def test_progress_rises_and_predictions_are_counted(sampler: Sampler, count: int) -> None:
     seen: list[float] = []
     sampler.sample(best_prediction(sampler.objective(), seen), lambda step: noise(step, 2), sampler.objective())
     assert len(seen) == count and seen == sorted(seen) and 0 <= seen[0] < 0.21 and seen[-1] <= 1
+    if isinstance(sampler, Heun):
+        assert seen[-1] < 0.99, "the end is no noised sequence"
     if isinstance(sampler, Ancestral):
         assert (seen[0], seen[-1]) == (0.0, 1.0)
 
@@ -93,6 +97,9 @@ def test_every_sampler_has_an_objective() -> None:
         (lambda: Velocity(std=0.0), "deviation"),
         (lambda: DDPM(20), "at least 21"),
         (lambda: DDIM(60).sample(best_prediction(DDPM()), noise, DDPM(50)), "at most as many steps"),
+        (lambda: Ancestral().check(DDPM(100)), "at most as many steps as training has times, 100; got 250"),
+        (lambda: DDIM(1), "at least 2 steps"),
+        (lambda: Velocity(mean=math.nan), "finite mean"),
     ],
 )
 def test_numbers_out_of_range(make: Any, match: str) -> None:

@@ -56,7 +56,9 @@ def test_a_draw_depends_on_its_row_alone() -> None:
     assert not torch.equal(race(logits, KEYS[50:100]), every)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": 1e-40}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_refusals(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="got"):
         Sampling(**wrong)  # type: ignore[arg-type]

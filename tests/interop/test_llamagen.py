@@ -13,6 +13,7 @@ from framework.config import ConfigError
 from framework.generators.autoregressive import LlamaGenAR
 from framework.generators.guidance import Guidance, guided
 from framework.generators.sampling import Sampling
+from framework.interop import dit
 from framework.interop.llamagen import import_llamagen
 from framework.interop.official import OfficialError, read_official
 from framework.tokens import Tokens
@@ -99,6 +100,12 @@ def test_wrappers_of_checkpoints(wrapper: str | None, tmp_path: Path) -> None:
     generator = built(read_official([file]), None)  # as many as there are positions in the file
     assert generator.space.num_tokens == NUM_TOKENS
     assert torch.equal(generator.code_embedding, state["tok_embeddings.weight"])
+
+
+def test_averaged_weights_are_taken_where_the_family_samples_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "both.pt"
+    torch.save({"model": {"x": torch.zeros(1)}, "ema": {"x": torch.ones(1)}, "opt": {}}, file)
+    assert read_official([file])["x"] == 0 and read_official([file], dit.PREFERRED)["x"] == 1
 
 
 def test_checkpoints_of_something_else() -> None:
