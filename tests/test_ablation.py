@@ -283,6 +283,14 @@ def test_metrics_without_lengths_and_of_every_length(tmp_path: Path) -> None:
     assert "| FID | MSE @ 1 | MSE @ 4 | MSE @ 16 |" in table and table.count("**3.50 ± 0.00**") == 4
 
 
+def test_a_protocol_of_all_numbers_goes_before_those_of_parts(tmp_path: Path) -> None:
+    """As generators have it, beside a judge that has its own."""
+    grid, cells = load_grid(write_grid(tmp_path))
+    finish(cells[0], {1: 0.1, 16: 0.1}, protocol={"images": 64, "data": {"split": "test"}}, judge={"protocol": {}})
+    write_report(grid, cells, cells[:1])
+    assert "- images: 64\n- split: test\n" in (Path(grid.dir) / "table.md").read_text()
+
+
 @pytest.mark.parametrize("path", ["rate_distortion/per_length/msse", "rate_distortion/protocol", "fid/x"])
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path, path: str) -> None:
     with pytest.raises(RunError, match=f"the metric path {path}: metrics.json has no number there"):

@@ -13,7 +13,8 @@ examples:
   python tools/generate.py --run runs/adatok/ar --num 64 --out samples
   python tools/generate.py --run runs/adatok/ar --num 64 --classes 3 7 --guidance 1.5 --interval 0 0.5 --out samples
   python tools/generate.py --run runs/adatok/ar --num 50000 --guidance 1.5 --seed 1 --batch 128 --out many
-Image i depends on the seed, i and its class, not on --num, --batch and --policy. record.json has all that made them.
+Image i depends on the seed, i and its class, not (but for rounding) on --num, --batch and --policy. record.json has
+all that made them.
 A command that was stopped goes on when it is given again.
 """
 
@@ -45,21 +46,21 @@ def main() -> int:
     own.add_argument("--batch", dest="batch_size", type=count, metavar="N", help="images at a time")
     given = vars(parser.parse_args())
 
-    from framework.generators.guidance import Guidance
-    from framework.launch.generating import ERRORS, generate_images
-    from framework.runtime.progress import Stages
-
     try:
+        from framework.generators.guidance import Guidance
+        from framework.launch.generating import ERRORS, generate_images
+        from framework.runtime.progress import Stages
+
         scale, interval = given.pop("guidance"), tuple(given.pop("interval"))
         guided = Guidance(scale, interval, given.pop("schedule"), given.pop("power"))
         with Stages() as progress:
             generate_images(progress=progress, say=print, guidance=guided, **given)
-    except ERRORS as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except ERRORS as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -92,8 +92,8 @@ def _heading(metric: str, length: int | None) -> str:
 
 def _protocol(cell: Cell, metrics: Any) -> dict[str, object]:
     """How a cell's numbers came about, as far as it says."""
-    protocols = [part["protocol"] for part in metrics.values() if isinstance(part, dict) and "protocol" in part]
-    protocol = protocols[0] if protocols else {}
+    parts = [metrics, *(part for part in metrics.values() if isinstance(part, dict))]  # a generator has one for all
+    protocol = next((part["protocol"] for part in parts if "protocol" in part), {})
     sessions = json.loads((cell.folder / "run.json").read_text())["sessions"]
     times = [
         [datetime.strptime(session[key], "%Y-%m-%dT%H:%M:%S%z").timestamp() for key in ("started", "ended")]

@@ -130,8 +130,10 @@ class _Builder:
             made.is_unread = True
         elif source := part.builder.get("weights"):
             self.load_weights(made, source, dotted(part.keys))
+            made.has_weights = True
         if part.builder.get("frozen"):
             made.requires_grad_(False).eval().is_frozen = True
+            made.is_untrained = not any(getattr(each, "has_weights", False) for each in made.modules())
         return made
 
     def _refuse(self, part: Part, message: str, cause: Exception | None = None) -> None:

@@ -81,7 +81,9 @@ class LlamaGenAR(Generator):
     ) -> None:
         super().__init__(space, label_dropout)
         if space.vocabulary is None:
-            raise ValueError("LlamaGenAR draws codes, and this tokenizer's tokens are continuous: take a DiT")
+            raise ValueError(
+                "LlamaGenAR draws codes, and this tokenizer's tokens are continuous: take a DiT or ContinuousAR"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         width, depth, num_heads = chosen = size_of(SIZES, size, width, depth, num_heads)

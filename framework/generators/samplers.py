@@ -47,9 +47,10 @@ class Sampler(ABC):
             ValueError: naming both.
         """
         if not isinstance(objective, self.objective):
+            fitting = [name for name, kind in SAMPLERS if isinstance(objective, kind.objective)]
             raise ValueError(
                 f"{type(self).__name__} samples what {self.objective.__name__} has trained, and the objective is "
-                f"{type(objective).__name__}"
+                f"{type(objective).__name__}: take {' or '.join(fitting)}"
             )
         if isinstance(objective, DDPM) and self.steps > len(objective.schedule.times):
             raise ValueError(

@@ -20,8 +20,13 @@ def size_of(
     """A named size, with those numbers in its place that are given.
 
     Raises:
-        ValueError: if one is neither given nor named.
+        ValueError: if one is neither given nor named, or all are given and named.
     """
+    if size and width and depth and num_heads:
+        raise ValueError(
+            f"size {size} says width, depth and num_heads, and these are given too, {width}, {depth} and {num_heads}: "
+            "set either to null"
+        )
     start = named[size] if size else Size(0, 0, 0)
     chosen = Size(*(own or given for own, given in zip((width, depth, num_heads), start, strict=True)))
     if min(chosen) < 1:

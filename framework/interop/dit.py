@@ -57,6 +57,11 @@ def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> Imp
         width, channels, side, _ = weights["embed.weight"].shape
         positions, hidden = weights["positions"], weights["transformer.blocks.0.mlp.up.weight"]
         classes, outputs = weights["class_embedding"], len(weights["head.bias"]) // (channels * side * side)
+        if num_heads is None and width not in HEADS:
+            raise OfficialError(
+                f"this DiT has width {width}, and the number of heads is known of {', '.join(map(str, HEADS))} alone: "
+                "call import_dit(state, num_heads)"
+            )
         heads = num_heads or HEADS[width]
         weights["embed.weight"] = weights["embed.weight"].flatten(1)
         weights["positions"] = positions[0]
@@ -65,7 +70,7 @@ def import_dit(state: Mapping[str, Tensor], num_heads: int | None = None) -> Imp
                 weights[name], "(p q two c) ... -> (two c p q) ...", p=side, q=side, two=outputs
             ).contiguous()
     except KeyError as error:
-        raise OfficialError(f"this is no checkpoint of DiT, or of an unusual width: there is no {error}") from error
+        raise OfficialError(f"this is no checkpoint of DiT: it has nothing for {error}") from error
     num_tokens, dim = positions.shape[1], channels * side * side
     sizes = {"width": width, "depth": count(state, r"blocks\.(\d+)\."), "num_heads": heads}
     node: dict[str, Any] = {"name": "DiT", "size": None, **sizes, "mlp_ratio": len(hidden) / width, "qk_norm": False}

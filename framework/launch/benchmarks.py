@@ -51,7 +51,8 @@ def generation_lines(
         given |= {} if run is None else {"run": run}
         yield from _official_lines(official, batch_sizes or [8], guidance, rounds, given)
         return
-    _refuse_others(given, {"images"} if run else {"size", "codes", "lengths", "modes", "images"})
+    used = {"images"} if run else {"size", "codes", "lengths", "modes", "images"}
+    _refuse_others(given, used, "with --run" if run else "without --run")
     found: dict[str, Any] = {"rounds": rounds, "batch_sizes": batch_sizes or [1, 8, 32], "guidance": guidance}
     found["images_per_row"] = given.get("images", 16)
     if run is not None:
@@ -72,7 +73,7 @@ def _official_lines(
     for repository, lines, used in sides:
         if repository.missing(official):
             continue
-        _refuse_others(given, used)
+        _refuse_others(given, used, f"beside {repository.name}")
         if len(batch_sizes) > 1:
             raise ValueError("an official sampler is measured at one batch size: give --batch one number")
         return lines(official, batch_sizes[0], guidance, rounds, **given)
@@ -82,9 +83,9 @@ def _official_lines(
     raise FileNotFoundError(f"{official} is a checkout neither {known}")
 
 
-def _refuse_others(given: Mapping[str, object], used: Collection[str]) -> None:
+def _refuse_others(given: Mapping[str, object], used: Collection[str], where: str) -> None:
     if ignored := given.keys() - used:
-        raise ValueError(f"--{min(ignored)} has no part in this; what has is --{', --'.join(sorted(used))}")
+        raise ValueError(f"--{min(ignored)} has no part in this {where}; what has is --{', --'.join(sorted(used))}")
 
 
 def _size(text: str) -> Sequence[int]:
@@ -96,6 +97,8 @@ def _size(text: str) -> Sequence[int]:
 
 def _lengths(texts: Sequence[str]) -> list[int]:
     if all(text.isdecimal() for text in texts):
+        if min(map(int, texts)) < 1:
+            raise ValueError(f"--lengths are numbers from 1, got {' '.join(texts)}")
         return [int(text) for text in texts]
     if len(texts) > 1:
         raise ValueError(f"--lengths are numbers, or one file of tokens; got {' '.join(texts)}")

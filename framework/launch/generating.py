@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any, Literal
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -33,18 +34,20 @@ from framework.generators.image_generator import ImageGenerator
 from framework.generators.interface import Generator
 from framework.models.exported import is_exported
 from framework.models.loading import EVALUATION, LOSSES, Which, experiment_from, load, restore, run_config
-from framework.runtime.files import PARTIAL, digest, publish_folder, remove_folder, write_text
+from framework.runtime.files import PARTIAL, digest, publish_folder, write_text
 from framework.runtime.weights import weights_digest
 
 ERRORS = (ConfigError, runs.RunError, CheckpointError, ValueError, TypeError, OSError)
 """Those that are for people."""
 CALLS = 4
 """Times as many images are asked for together as are made at a time, so that rows of finished ones are used again."""
+ARRAYS = ("arr_0.npy", "arr_1.npy")
 UNFINISHED = "unfinished.json"
 """Which images a folder without its name is to have, and the lengths of those that it has."""
 PER_CLASS, CLASSES = 8, 20
 """Images in the picture, at most."""
 SAMPLING = ("temperature", "top_k", "top_p")
+SPEED = ("policy", "batch_size")
 
 
 def generate_images(
@@ -84,7 +87,7 @@ def generate_images(
             where they are not ``None``.
 
     Raises:
-        FileExistsError: if the folder is there.
+        FileExistsError: if the folder is there, or what a stopped command that asked for something else has left.
         TypeError: if this is no run of a generator.
         ValueError: if the generator has no such classes, lengths or settings.
         RunError, CheckpointError, ConfigError: as ``runs.load``.
@@ -136,8 +139,10 @@ def generate_images(
         "made": circumstances() | {"device": str(next(images.parameters()).device)},
     }
     write_text(partial / "record.json", json.dumps(made, indent=1, default=str) + "\n")
+    for file in (UNFINISHED, *ARRAYS):
+        (partial / file).unlink()
     publish_folder(partial, out)
-    say(f"{num} images of {len(chosen)} classes, of {sum(kept) / num:.2f} tokens on average")
+    say(f"images: {num}, classes: {len(labels.unique())}, tokens on average: {sum(kept) / num:.2f}")
     say("results: " + " ".join(sorted(str(path) for path in out.iterdir())))
 
 
@@ -180,22 +185,45 @@ def _set(generator: Generator, settings: Mapping[str, Any]) -> None:
         setattr(generator, owner, replace(before, **{name: value}) if name in SAMPLING else value)
 
 
-def _begun(partial: Path, made: Mapping[str, object]) -> list[int]:
-    """Lengths of the images that a command which was stopped has left in a folder, if it was to make the same."""
-    with suppress(OSError, ValueError, LookupError):
+def _begun(partial: Path, made: Mapping[str, Any]) -> list[int]:
+    """Lengths of the images that a command which was stopped has left in a folder.
+
+    Raises:
+        FileExistsError: if that was to make others, or the folder is of something else.
+    """
+    if not partial.exists():
+        (partial / "images").mkdir(parents=True)
+        write_text(partial / UNFINISHED, json.dumps({"made": made, "lengths": []}, default=str))
+        return []
+    try:
         found = json.loads((partial / UNFINISHED).read_bytes())
-        if found["made"] == json.loads(json.dumps(made, default=str)):
-            return [int(length) for length in found["lengths"]]
-    if partial.exists():
-        remove_folder(partial)
-    (partial / "images").mkdir(parents=True)
-    return []
+        before, lengths = found["made"], [int(length) for length in found["lengths"]]
+        if lengths and not (partial / ARRAYS[0]).is_file():
+            raise LookupError(ARRAYS[0])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FileExistsError(
+            f"{partial} is in the way, and is not what a command that was stopped leaves ({error}): move it, or choose "
+            "another folder"
+        ) from error
+    now = json.loads(json.dumps(made, default=str))
+    if different := [name for name in now if _slow(now, name) != _slow(before, name)]:
+        raise FileExistsError(
+            f"{partial} has {len(lengths)} images of a command that was stopped and differs in {', '.join(different)}: "
+            "give the same again to go on, remove the folder, or choose another"
+        )
+    return lengths
+
+
+def _slow(made: Mapping[str, Any], name: str) -> Any:
+    """What was asked for by a name, without what only changes the speed."""
+    value = made.get(name)
+    return {key: of for key, of in value.items() if key not in SPEED} if isinstance(value, dict) else value
 
 
 @contextmanager
 def _pixels(folder: Path, num: int, size: tuple[int, int], labels: Tensor) -> Iterator[Any]:
     """An array on disk, which becomes ``samples.npz`` when it is full: there may be more images than memory."""
-    files = [folder / f"arr_{number}.npy" for number in range(2)]
+    files = [folder / name for name in ARRAYS]
     mode: Literal["r+", "w+"] = "r+" if files[0].exists() else "w+"
     pixels = np.lib.format.open_memmap(files[0], mode=mode, dtype=np.uint8, shape=(num, *size, 3))
     yield pixels
@@ -203,9 +231,10 @@ def _pixels(folder: Path, num: int, size: tuple[int, int], labels: Tensor) -> It
     np.save(files[1], labels.numpy())
     with ZipFile(folder / "samples.npz", "w") as archive:
         for file in files:
-            archive.write(file, file.name)
-    for file in (folder / UNFINISHED, *files):  # in this order: what is left without it is not gone on with
-        file.unlink()
+            entry = ZipInfo.from_file(file, file.name)
+            entry.date_time = (1980, 1, 1, 0, 0, 0)  # so that equal samples are equal files
+            with open(file, "rb") as source, archive.open(entry, "w", force_zip64=True) as to:
+                copyfileobj(source, to, 1 << 20)
 
 
 def _write_grid(pixels: NDArray[np.uint8], labels: Tensor, lengths: Sequence[int], path: Path) -> None:

@@ -104,6 +104,19 @@ class Report:
         return self.train_data if self.measures.pca else None
 
 
+def check_frozen(part: nn.Module, name: str, path: str, learner: str) -> None:
+    """Refuse a part that a task needs as another run has trained it, where it would change, or has its first weights.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    if not getattr(part, "is_frozen", False) or getattr(part, "is_untrained", False):
+        raise ValueError(
+            f"the {name} stays as it is while a {learner} is trained for it: set {path}.frozen=true and {path}.weights "
+            "to the run that has trained it"
+        )
+
+
 class Task(nn.Module, ABC):
     """Models and losses, and what one turn of one step computes with them.
 

@@ -22,7 +22,7 @@ from framework.allocation.search import Trials
 from framework.config.registry import Factory
 from framework.data.interface import Batch, ImageData
 from framework.tasks.allocation_task import AllocationTask
-from framework.tasks.interface import TASKS, Context, StepOutput, Turn
+from framework.tasks.interface import TASKS, Context, StepOutput, Turn, check_frozen
 from framework.tokenizers.interface import AllocationPolicy, AllocationRequest
 from framework.tokenizers.tokenizer import Tokenizer
 
@@ -72,11 +72,7 @@ class TrainAllocation(AllocationTask):
         *,
         tokenizer: Tokenizer,
     ) -> None:
-        if not getattr(tokenizer, "is_frozen", False):
-            raise ValueError(
-                "the tokenizer stays as it is while a policy is trained for it: set tokenizer.frozen=true and "
-                "tokenizer.weights to the run that has trained it"
-            )
+        check_frozen(tokenizer, "tokenizer", "tokenizer", learner="policy")
         chooses = policy(num_tokens=tokenizer.num_tokens, feature_dim=tokenizer.encoder.feature_dim)
         if isinstance(chooses, LearnedPolicy) != (objective is not None):
             kind = "learns nothing: set task.objective=null" if objective else "learns: set task.objective"

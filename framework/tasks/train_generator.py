@@ -26,7 +26,7 @@ from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator, token_space
 from framework.generators.interface import Generator
 from framework.runtime.weights import part_digest, weights_digest
-from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn
+from framework.tasks.interface import TASKS, Context, Report, StepOutput, Task, Turn, check_frozen
 from framework.tokenizers.interface import AllocationPolicy
 from framework.tokenizers.tokenizer import Tokenizer
 from framework.tokens import Tokens
@@ -68,21 +68,14 @@ class TrainGenerator(Task):
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
-        if not getattr(tokenizer, "is_frozen", False):
-            raise ValueError(
-                "the tokenizer stays as it is while a generator is trained for it: set tokenizer.frozen=true and "
-                "tokenizer.weights to the run that has trained it"
-            )
+        check_frozen(tokenizer, "tokenizer", "tokenizer", learner="generator")
         if min(num_classes, looks, samples) < 1:
             raise ValueError(f"num_classes, looks and samples are 1 or more, got {num_classes}, {looks} and {samples}")
         self.policy: AllocationPolicy | None = None
         if policy is not None:
             self.policy = policy(num_tokens=tokenizer.num_tokens, feature_dim=tokenizer.encoder.feature_dim)
-            if any(True for _ in self.policy.parameters()) and not getattr(self.policy, "is_frozen", False):
-                raise ValueError(
-                    "the policy stays as it is while a generator is trained for it: set task.policy.frozen=true and "
-                    "task.policy.weights to the run that has trained it"
-                )
+            if any(True for _ in self.policy.parameters()):
+                check_frozen(self.policy, "policy", "task.policy", learner="generator")
         budgets = (tokenizer.num_tokens,) if self.policy is None else self.policy.budgets
         space = token_space(tokenizer, budgets, num_classes)
         self.images = ImageGenerator(generator(space=space), tokenizer)

@@ -351,6 +351,8 @@ def test_refusals() -> None:
             generator_of(mode, space, positions=["rope2d"])
     with pytest.raises(ValueError, match="not both"):
         generator_of("none", TokenSpace(9, 3, 40, (9,), 5), positions=["rope1d", "rope2d"])
+    with pytest.raises(ValueError, match="size B says width, .* given too, 32, 2 and 4: set either to null"):
+        LlamaGenAR("B", 32, 2, 4, space=SPACE)
     with pytest.raises(ValueError, match="batch_size is 1 or more"):
         generator_of(batch_size=0)
     for share in (-1.0, 1.5):

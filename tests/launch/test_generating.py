@@ -65,7 +65,7 @@ def test_the_folder(
     out = tmp_path / "samples"
     options = ["--num", 7, "--classes", 4, 2, "--guidance", 2, "--interval", 0, 0.5, "--seed", 3, "--top-k", 5]
     assert run_tool(monkeypatch, "generate", "--run", generator_run, "--out", out, *options, "--batch", 1) == 0
-    assert "7 images of 2 classes, of 5.00 tokens on average" in capsys.readouterr().out
+    assert "images: 7, classes: 2, tokens on average: 5.00" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"images", "grid.png", "samples.csv", "samples.npz", "record.json"}
     assert list(tmp_path.iterdir()) == [out]
 
@@ -109,14 +109,14 @@ def test_an_image_depends_neither_on_how_many_there_are_nor_on_the_policy(genera
 def test_a_command_that_was_stopped_goes_on(
     generator_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
 ) -> None:
-    """Where it was, if it is to make the same; otherwise from the beginning."""
+    """Where it was, if it is to make the same, fast or slowly; another finds its folder taken."""
     wanted = {"num": 9, "batch_size": 1, "progress": silent}
     calls: list[object] = []
     once = getattr(generating, stopped_in)
 
     def stop(*args: object) -> None:
         calls.append(args)
-        if stopped_in == "_write_grid" or len(calls) == 2:  # of three parts the second was made, and not noted
+        if stopped_in == "_write_grid" or len(calls) == 3:  # of three parts the second was made, and not noted
             raise KeyboardInterrupt
         once(*args)
 
@@ -135,10 +135,25 @@ def test_a_command_that_was_stopped_goes_on(
     assert (whole / "samples.csv").read_bytes() == (out / "samples.csv").read_bytes()
     assert all((out / "images" / file.name).read_bytes() == file.read_bytes() for file in (whole / "images").iterdir())
 
-    told.clear()
-    generate_images(generator_run, tmp_path / "other", 3, silent, told.append)
-    assert "going on" not in told[0] and len(list((tmp_path / "other/images").iterdir())) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", "other"}
+    before = {path: path.read_bytes() for path in (tmp_path / "other.partial").rglob("*.*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="stopped and differs in seed, images: give the same again"):
+        generate_images(generator_run, tmp_path / "other", **(wanted | {"num": 3, "seed": 1}), say=silent)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    generate_images(generator_run, tmp_path / "other", **(wanted | {"batch_size": 5, "policy": "static"}), say=silent)
+    assert np.abs(pixels_of(whole).astype(int) - pixels_of(tmp_path / "other")).max() <= 1
+    assert (whole / "samples.npz").read_bytes() == (out / "samples.npz").read_bytes()
+
+
+def test_a_folder_of_something_else_is_left_alone(generator_run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out.partial"
+    own.mkdir()
+    (own / "notes.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"out\.partial is in the way"):
+        generate_images(generator_run, tmp_path / "out", 2, silent, silent)
+    assert (own / "notes.txt").read_text() == "precious"
+    (own / "unfinished.json").write_text('{"made": {}, "lengths": [4]}')
+    with pytest.raises(FileExistsError, match=r"leaves \(arr_0\.npy\)"):
+        generate_images(generator_run, tmp_path / "out", 2, silent, silent)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,7 @@ def test_a_command_that_was_stopped_goes_on(
     [
         (["--classes", "10"], "classes are numbers from 0 to 9, got 10"),
         (["--lengths", "5", "6"], r"lengths are [5], got 6: the nearest is 5"),
-        (["--temperature", "-1"], "the temperature is a number from 0, got -1.0"),
+        (["--temperature", "-1"], "the temperature is 0, for the likeliest, or from 1e-6; got -1.0"),
         (["--interval", "1", "0"], "interval of progress from 0 to 1"),
         (["--checkpoint", "best"], "keeps no best checkpoint"),
     ],

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 import framework
+from framework import runs
 from framework.allocation.rules import FixedLength
 from framework.allocation.search import LinearSearch
+from framework.config import ConfigError
 from framework.data.digits import DigitScenes
 from framework.data.interface import Batch
 from framework.engine.optimizers import AdamW
@@ -33,6 +35,7 @@ from framework.tasks.train_generator import TrainGenerator
 from framework.tokenizers.quantizers.finite_scalar_quantizer import FiniteScalarQuantizer
 from framework.tokens import Tokens
 from tests.tasks.test_fine_tune_decoder import ByBrightness
+from tests.tiny_run import generator_config
 from tests.tokenizers.build import small_tokenizer
 
 
@@ -216,6 +219,9 @@ def test_refusals(tmp_path: Path) -> None:
         make_task(is_frozen=False)
     with pytest.raises(ValueError, match=r"task\.policy\.frozen=true"):
         make_task(policy=ByBrightness)
+    untrained = generator_config(tmp_path, "projects/adatok/ar.yaml", "tokenizer.weights=null", "task.policy=null")
+    with pytest.raises(ConfigError, match=r"tokenizer\.weights to the run that has trained it"):
+        runs.experiment_from(untrained)
     with pytest.raises(ValueError, match="1 or more"):
         make_task(looks=0)
     task = make_task()
