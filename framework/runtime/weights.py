@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+MARKS = ("training", "is_frozen", "is_unread", "is_untrained", "has_weights")
+"""What modules are told of their place in a run, and says nothing of what they do."""
+
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
     """The SHA-256 of the names, types, shapes and values of a module's ``state_dict()``, in hexadecimal."""
@@ -38,7 +41,8 @@ def _settings(value: object) -> object:
         return {str(name): _settings(each) for name, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_settings(each) for each in value]
-    own = {name: each for name, each in getattr(value, "__dict__", {}).items() if name[0] != "_" and name != "training"}
+    held = getattr(value, "__dict__", {})
+    own = {name: each for name, each in held.items() if name[0] != "_" and name not in MARKS}
     if isinstance(value, nn.Module):
         own |= dict(value.named_children()) | dict(value.named_buffers(recurse=False))
     return [getattr(value, "__qualname__", type(value).__qualname__), _settings(own)]
