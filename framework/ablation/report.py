@@ -93,7 +93,7 @@ def _heading(metric: str, length: int | None) -> str:
 def _protocol(cell: Cell, metrics: Any) -> dict[str, object]:
     """How a cell's numbers came about, as far as it says."""
     parts = [metrics, *(part for part in metrics.values() if isinstance(part, dict))]  # a generator has one for all
-    protocol = next((part["protocol"] for part in parts if "protocol" in part), {})
+    protocol: dict[str, Any] = next((part["protocol"] for part in parts if "protocol" in part), {})
     sessions = json.loads((cell.folder / "run.json").read_text())["sessions"]
     times = [
         [datetime.strptime(session[key], "%Y-%m-%dT%H:%M:%S%z").timestamp() for key in ("started", "ended")]
