@@ -18,7 +18,7 @@ from torch import Tensor
 
 from framework.data.interface import Batch
 from framework.evaluation.generated_images import ImageSet, RealImages, compare_with_real, comparison_texts
-from framework.evaluation.plots import COLOURS, DOTS_PER_INCH, style_axes, write_figure, write_rows
+from framework.evaluation.plots import COLOURS, DOTS_PER_INCH, count, style_axes, write_figure, write_rows
 from framework.evaluation.systems import system_facts
 from framework.evaluation.tables import markdown
 from framework.generators.guidance import Guidance
@@ -206,7 +206,7 @@ def _draw_samples(model: ImageGenerator, labels: Tensor, tokens: Tokens, path: P
     rows = [number for label in range(min(CLASSES, model.num_classes)) for number in _first(labels, label)]
     some = tokens.select(torch.tensor(rows, device=tokens.lengths.device))
     named = zip(labels[rows].tolist(), some.lengths.tolist(), strict=True)
-    captions = [f"{label}, {length} tokens" for label, length in named]
+    captions = [f"{label}, {count(length, 'token')}" for label, length in named]
     write_rows(list(model.decode(some).cpu()), captions, PER_CLASS, path)
 
 

@@ -27,7 +27,7 @@ from framework.config import ConfigError
 from framework.engine.checkpoint import CheckpointError
 from framework.engine.run_directory import circumstances
 from framework.evaluation.image_metrics import UINT8_RULE, to_uint8
-from framework.evaluation.plots import write_rows
+from framework.evaluation.plots import count, write_rows
 from framework.evaluation.tables import columns_text
 from framework.generators.guidance import Guidance
 from framework.generators.image_generator import ImageGenerator
@@ -243,6 +243,6 @@ def _write_grid(pixels: NDArray[np.uint8], labels: Tensor, lengths: Sequence[int
     rows = [(labels == label).nonzero().flatten()[:PER_CLASS] for label in classes]
     per_row = min(len(row) for row in rows)
     shown = torch.cat([row[:per_row] for row in rows]).tolist()
-    captions = [f"{labels[row]}, {lengths[row]} tokens" for row in shown]
+    captions = [f"{labels[row]}, {count(lengths[row], 'token')}" for row in shown]
     cells = [rearrange(torch.from_numpy(pixels[row] / np.float32(255)), "h w c -> c h w") for row in shown]
     write_rows(cells, captions, per_row if per_row > 1 else PER_CLASS, path)
