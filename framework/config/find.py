@@ -19,9 +19,9 @@ def find_config(path: str) -> Path:
     """
     installed = Path(__file__).parents[2] / path
     for candidate in (Path(path), installed):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # which takes names that are too long, too
             return candidate
-    folder = Path(path).parent if Path(path).parent.is_dir() else installed.parent
+    folder = Path(path).parent if os.path.isdir(Path(path).parent) else installed.parent
     there = sorted(str(file) for file in folder.glob("*.yaml"))
     holds = f"; {folder} holds {', '.join(there)}" if there else ""
     raise FileNotFoundError(f"there is no configuration {path}{holds}")

@@ -87,7 +87,7 @@ def _unreadable(file: str, error: Exception) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error}"
     folder = Path(file).parent
-    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
     match = nearest(Path(file).name, names)
     return "no such file" + (f", did you mean '{folder / match}'?" if match else "")
 

@@ -109,9 +109,9 @@ def plan(experiment: Experiment) -> str:
     tokenizer = model.tokenizer if isinstance(model, AdaptiveTokenizer | ImageGenerator) else model
     if isinstance(tokenizer, Tokenizer):
         counted = count_operations(tokenizer)
-        alone = "" if tokenizer is model else " of the tokenizer alone"
+        alone = "" if tokenizer is model else ", of the tokenizer alone"
         lines.append(
-            f"multiply-adds{alone} per image of {data.image_size}x{data.image_size} at {tokenizer.num_tokens} tokens"
+            f"multiply-adds per image of {data.image_size}x{data.image_size} at {tokenizer.num_tokens} tokens{alone}"
             + _table(("part", "operations"), [(name, f"{count:,}") for name, count in counted.items()])
         )
         if tokenizer is model:

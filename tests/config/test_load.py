@@ -162,6 +162,7 @@ def test_dumping_and_loading_is_the_identity(folder: Path) -> None:
         ("_base_: loop/b.yaml", "loop/c.yaml:2: _base_: the files inherit in a circle: "
          "a.yaml -> loop/b.yaml -> loop/c.yaml -> a.yaml"),
         ("_base_: a.yaml", "a.yaml:1: _base_: the files inherit in a circle: a.yaml -> a.yaml"),
+        (f"_base_: {'9' * 300}/b.yaml", f"a.yaml:1: _base_: {'9' * 300}/b.yaml: no such file"),  # no name is so long
     ],
 )  # fmt: skip
 def test_what_is_no_tree_is_refused(folder: Path, text: str, message: str) -> None:
