@@ -69,6 +69,8 @@ def test_a_run_fits_together(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     if tree["tokenizer"] is not None:
         tokens = tree["tokenizer"]["encoder"]["num_tokens"]
         assert f"multiply-adds per image of {size}x{size} at {tokens} tokens" in plan
+        has_more = bool({"policy", "generator"} & tree["task"].keys())
+        assert (", of the tokenizer alone" in plan) == has_more
     assert f"training: {tree['train']['max_steps']:,} steps of {tree['train']['batch_size']} images" in plan
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from framework.launch.options import count
 
@@ -44,20 +46,22 @@ def main() -> int:
     own.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that reach this probability")
     own.add_argument("--policy", choices=("static", "compact", "refill"), help="of autoregressive decoding")
     own.add_argument("--batch", dest="batch_size", type=count, metavar="N", help="images at a time")
-    given = vars(parser.parse_args())
-
     try:
-        from framework.generators.guidance import Guidance
-        from framework.launch.generating import ERRORS, generate_images
-        from framework.runtime.progress import Stages
-
-        scale, interval = given.pop("guidance"), tuple(given.pop("interval"))
-        guided = Guidance(scale, interval, given.pop("schedule"), given.pop("power"))
-        with Stages() as progress:
-            generate_images(progress=progress, say=print, guidance=guided, **given)
-    except KeyboardInterrupt:
+        return generate(**vars(parser.parse_args()))
+    except KeyboardInterrupt:  # even while torch is imported
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def generate(guidance: float, interval: Sequence[float], schedule: Any, power: float, **given: Any) -> int:
+    from framework.generators.guidance import Guidance
+    from framework.launch.generating import ERRORS, generate_images
+    from framework.runtime.progress import Stages
+
+    try:
+        guided = Guidance(guidance, (interval[0], interval[1]), schedule, power)
+        with Stages() as progress:
+            generate_images(progress=progress, say=print, guidance=guided, **given)
     except ERRORS as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -104,8 +105,9 @@ def _difference(official: nn.Module, ours: DiT, labels: Tensor) -> float:
     """The largest difference of outputs halfway through the noise, over the largest output."""
     generator = torch.Generator().manual_seed(0)
     noised = torch.randn(len(labels), CHANNELS, SIDE, SIDE, generator=generator).to(labels.device)
-    times, patches = torch.full_like(labels, 500), patches_of(noised)
+    side = isqrt(ours.space.dim // CHANNELS)
+    times, patches = torch.full_like(labels, 500), patches_of(noised, side)
     outputs = ours(patches, times, labels, torch.full_like(labels, patches.shape[1]))
-    images = torch.cat([latents_of(half) for half in outputs.chunk(2, dim=-1)], dim=1)
+    images = torch.cat([latents_of(half, side) for half in outputs.chunk(2, dim=-1)], dim=1)
     theirs = official(noised, times, labels)
     return float((images - theirs).abs().max() / theirs.abs().max())

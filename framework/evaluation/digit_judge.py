@@ -174,8 +174,8 @@ def judge_images(
         ``definitions``, ``protocol`` and, by name, ``sets``; plain JSON types only.
 
     Raises:
-        ValueError: if the judge is in training mode, images have no labels or others than the judge knows, lie outside
-            [0, 1], or a set has fewer than two.
+        ValueError: if the judge is in training mode, images have no labels or labels below 0, lie outside [0, 1], or a
+            set has fewer than two.
     """
     if judge.training:
         raise ValueError("the judge is in training mode, which is another model: call judge.eval() first")
