@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def kill_at(step: int, folder: Path) -> list[int]:
     deadline = time.monotonic() + 120
     while step_reached(folder) < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # on a busy machine it may finish while this process looks at it
     assert process.poll() is None and len(children(process.pid)) >= 2
     if step > 15:  # it holds the directory
         with pytest.raises(RunError, match=f"{folder} is in use by process {process.pid} on host .*train_net.py"):
